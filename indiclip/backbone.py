@@ -1,7 +1,7 @@
 """Backbones: `Images` in, `Features` out.
 
-`NaFlexViT` takes any width and height (padding and a mask). `indiclip.timm_backbone` wraps the other families of timm
-at one canvas size, `indiclip.transformers_backbone` some of transformers.
+`NaFlexViT` takes any width and height (padding and a mask). Those of `indiclip.canvas_backbone` take one size alone:
+`indiclip.timm_backbone` wraps the other families of timm so, `indiclip.transformers_backbone` some of transformers.
 
 Shape letters: see `indiclip.types`.
 """
@@ -9,35 +9,23 @@ Shape letters: see `indiclip.types`.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast, get_args
 
-import timm
 import torch
 import torch.nn.functional as F
 from timm.layers.drop import DropPath
 from timm.layers.norm import LayerNorm
-from timm.models import is_model_in_modules
-from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from torch import Tensor, nn
 
-from indiclip.names import check_choice, check_range, check_whole, did_you_mean
+from indiclip.naflex_models import named_naflex, new_naflex
+from indiclip.names import check_choice, check_whole
 from indiclip.packing import Packing, packed_attention, worth_packing
 from indiclip.position_table import tell_places, whole_grids
 from indiclip.preprocessing import Interpolation, Preprocessing
-from indiclip.timm_errors import check_keeps_patches, check_rates, check_timm_name, making, reworded
-from indiclip.types import Features, Images, on_device
-
-# (width, depth, heads) of the sizes in the ViT, DeiT and "Getting ViT in Shape" (SoViT) papers.
-SIZES = {
-    "tiny": (192, 12, 3),
-    "small": (384, 12, 6),
-    "base": (768, 12, 12),
-    "large": (1024, 24, 16),
-    "so400m": (1152, 27, 16),
-    "huge": (1280, 32, 16),
-}
+from indiclip.timm_errors import check_keeps_patches, check_rates, reworded
+from indiclip.types import Features, Images
 
 
 class Backbone(nn.Module, ABC):
@@ -141,54 +129,12 @@ class Backbone(nn.Module, ABC):
         return self._args | {"pretrained": False}
 
 
-class CanvasBackbone(Backbone):
-    """A backbone that reads whole images of one size; a smaller one lies in the canvas's upper left corner."""
-
-    canvas_hw: tuple[int, int]
-
-    def _set_canvas(self, canvas_hw: Sequence[int], patch_size: int) -> None:
-        """Keep the size of the canvas and of the patches in which images travel here."""
-        check_range({"backbone.patch_size": patch_size, "backbone.canvas_hw": min(canvas_hw)}, 1)
-        if any(side % patch_size for side in canvas_hw):
-            raise ValueError(
-                f"backbone.canvas_hw: {list(canvas_hw)} must be multiples of backbone.patch_size {patch_size}"
-            )
-        self.canvas_hw = (int(canvas_hw[0]), int(canvas_hw[1]))
-        self.patch_size = patch_size
-        self.max_tokens = canvas_hw[0] * canvas_hw[1] // patch_size**2
-
-    def _whole_grid(self, tokens_BND: Tensor, grid_hw: tuple[int, int], prefix_BKD: Tensor | None = None) -> Features:
-        """Features of the tokens of all of the canvas, row by row."""
-        rows_H, columns_W = (torch.arange(size, device=tokens_BND.device) for size in grid_hw)
-        coords_BN2 = torch.cartesian_prod(rows_H, columns_W).expand(tokens_BND.shape[0], -1, -1)
-        return Features(tokens_BND, coords_BN2, None, grid_hw, self.stride, prefix_BKD)
-
-    @abstractmethod
-    def read_pixels(self, pixels: Tensor) -> Features:
-        """Features of normalised pixels (B, 3, height, width) that fill the canvas."""
-
-    def _canvas(self, images: Images) -> Tensor:
-        """Patches -> (B, 3, height, width), zeros (the mean colour) outside the images."""
-        p = self.patch_size
-        grid_hw = (self.canvas_hw[0] // p, self.canvas_hw[1] // p)
-        cells = Features(self.normalise(images), images["coords_BN2"], images["valid_BN"], grid_hw, p)
-        map_BPHW, _ = cells.map()
-        B, _, H, W = map_BPHW.shape
-        return map_BPHW.reshape(B, p, p, 3, H, W).permute(0, 3, 4, 1, 5, 2).reshape(B, 3, H * p, W * p)
-
-    def forward(self, images: Images) -> Features:
-        features = self.read_pixels(self._canvas(images))
-        if any(size != self.canvas_hw for size in images["sizes_hw"]):
-            sizes_B2 = on_device(images["sizes_hw"], features.coords_BN2.device)
-            features.valid_BN = (features.coords_BN2 * self.stride < sizes_B2[:, None]).all(-1)
-        return features
-
-
 class NaFlexViT(Backbone):
     """timm's NaFlexVit: any width and height within a token budget, aspect kept.
 
     Args:
-        size: One of SIZES, from scratch. Or None, with `name` or with `width`, `depth` and `num_heads`.
+        size: One of `indiclip.naflex_models.SIZES`, from scratch. Or None, with `name` or with `width`, `depth` and
+            `num_heads`.
         name: A timm ViT, e.g. `vit_base_patch16_clip_224.openai`: its architecture, and its weights if `pretrained`.
         width: Token width, overrides the size's.
         depth: Number of blocks, overrides the size's.
@@ -230,11 +176,11 @@ class NaFlexViT(Backbone):
             for key, value in given.items():
                 if value is not None:
                     raise ValueError(f"backbone.{key}: {name} has its own; leave it out beside `name`")
-            self.vit = _named_naflex(name, pretrained, options)
+            self.vit = named_naflex(name, pretrained, options)
         else:
             if pretrained:
                 raise ValueError("backbone.pretrained: needs `name`, a timm model; a size alone is from scratch")
-            self.vit = _new_naflex(size, width, depth, num_heads, patch_size, options)
+            self.vit = new_naflex(size, width, depth, num_heads, patch_size, options)
         self._args |= given | {"name": name, "patch_size": patch_size, "max_tokens": max_tokens}
         self.patch_size = self.stride = int(self.vit.embeds.patch_size[0])
         self._check_options()
@@ -368,56 +314,3 @@ def join_prefix(features: Features) -> Tensor:
     if features.prefix_BKD is None:
         return features.tokens_BND
     return torch.cat([features.prefix_BKD, features.tokens_BND], 1)
-
-
-def _new_naflex(
-    size: str | None,
-    width: int | None,
-    depth: int | None,
-    num_heads: int | None,
-    patch_size: int,
-    options: dict[str, Any],
-) -> NaFlexVit:
-    """From scratch."""
-    if size is not None:
-        check_choice("backbone.size", size, SIZES)
-    of_size = SIZES[size] if size else (None, None, None)
-    width, depth, num_heads = width or of_size[0], depth or of_size[1], num_heads or of_size[2]
-    if not (width and depth and num_heads):
-        raise ValueError("backbone: give `size`, `name`, or all of `width`, `depth` and `num_heads`")
-    check_range({"backbone.patch_size": patch_size}, 1)
-    if width % num_heads:
-        raise ValueError(f"backbone.num_heads: {num_heads} does not divide the width {width}")
-    # Grid sampling reads the position table at each token without waiting for the GPU. timm's plain start (normal,
-    # 0.02) is made for wide models and learns several times slower in narrow ones than Xavier's, which big_vision uses.
-    ours = {"pos_embed_use_grid_sample": True, "weight_init": "jax", "global_pool": "", "fc_norm": False}
-    sizes = {"patch_size": patch_size, "embed_dim": width, "depth": depth, "num_heads": num_heads, "num_classes": 0}
-    known = {option.name for option in fields(NaFlexVitCfg)} - sizes.keys() | {"img_size"}
-    for option in options:
-        if option not in known:
-            raise ValueError(f"backbone.options: timm's NaFlexVit has no {option!r}{did_you_mean(option, known)}")
-    with making("timm's NaFlexVit", options):
-        return NaFlexVit(**cast(Any, sizes | ours | options))
-
-
-def _named_naflex(name: str, pretrained: bool, options: dict[str, Any]) -> NaFlexVit:
-    """A timm ViT by name as a NaFlexVit (timm converts the weights), without its classifier."""
-    check_timm_name(name)
-    ours = {} if is_model_in_modules(name, ["naflexvit"]) else {"use_naflex": True}
-    try:
-        with making(name, options):
-            model = timm.create_model(name, pretrained=pretrained, num_classes=0, **(ours | options))
-    except ValueError as error:
-        if options:
-            _named_naflex(name, False, {})  # is it one without them?
-        elif isinstance(error.__cause__, TypeError):
-            kind = "no plain ViT; use indiclip.timm_backbone.TimmBackbone"
-            raise ValueError(f"backbone.name: {name!r} is {kind}") from error
-        raise
-    if not isinstance(model, NaFlexVit):
-        raise ValueError(
-            f"backbone.name: {name!r} is a {type(model).__name__}; use indiclip.timm_backbone.TimmBackbone"
-        )
-    if model.attn_pool is not None and is_model_in_modules(name, ["eva"]):
-        model.pool_include_prefix = True  # Perception Encoder's pool attends to the class token, which timm leaves out
-    return model

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from indiclip.head import ListMetric, Measure, Prediction
+from indiclip.head import ListMetric, Prediction
+from indiclip.presentation import Measure
 
 # Of chrF++ (Popović, WMT 2017, W17-4770): how long n-grams are, and how much more recall counts than precision.
 _LETTERS, _WORDS, _BETA = 6, 2, 2.0

@@ -16,7 +16,8 @@ from torchmetrics.detection import MeanAveragePrecision
 from torchvision import ops
 from torchvision.utils import draw_bounding_boxes
 
-from indiclip.head import Frame, Line, ListMetric, Measure, Panel, Picture, Prediction, plain
+from indiclip.head import ListMetric, Prediction
+from indiclip.presentation import Frame, Line, Measure, Panel, Picture, plain
 
 _DRAWN_SCORE = 0.3  # detections below are left out of pictures,
 _DRAWN_OVERLAP = 0.5  # and those that overlap a better one of any class more than this (IoU)

@@ -1,5 +1,6 @@
 """What the ranks of a run tell each other; a process without others is rank 0 of 1."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -27,6 +28,16 @@ def rank_and_world() -> tuple[int, int]:
     if _is_alone or not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
+
+
+def local_device(device: str) -> str:
+    """`auto` and `cuda` as the device of this process, which need not have met the others yet."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    number = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID")
+    if device == "cuda" and torch.cuda.is_available() and number:
+        return f"cuda:{int(number) % torch.cuda.device_count()}"
+    return device
 
 
 def gathered(value: Any) -> list[Any]:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from indiclip.head import Head
-from indiclip.steps import start_step
+from indiclip.steps import start_within
 from indiclip.task_weights import TaskWeights
 
 
@@ -20,14 +20,7 @@ def start_steps(heads: Sequence[Head], num_steps: int) -> dict[str, int]:
     Raises:
         ValueError: One begins behind the run's last step, or none in its first.
     """
-    starts: dict[str, int] = {}
-    for head in heads:
-        starts[head.name] = start_step(head.start, num_steps)
-        if starts[head.name] >= num_steps:
-            raise ValueError(
-                f"heads.{head.name}.start: {head.start:g} is beyond the last of the run's {num_steps} steps; expected "
-                "less, or a share of them below 1"
-            )
+    starts = {head.name: start_within(f"heads.{head.name}.start", head.start, num_steps) for head in heads}
     name, first = min(starts.items(), key=lambda item: item[1])
     if first:
         raise ValueError(f"heads.{name}.start: no head begins before step {first}; expected one with start 0")

@@ -15,13 +15,14 @@ from torch.optim import AdamW, Optimizer
 
 from indiclip import module_checks as checks
 from indiclip import optim, sharding
-from indiclip.distributed import gathered, rank_and_world, sum_over_ranks
+from indiclip.distributed import rank_and_world, sum_over_ranks
 from indiclip.encoder import Encoder
 from indiclip.float8 import Recipe, convert_to_float8, share_scales
 from indiclip.freezing import freeze as freeze_paths
 from indiclip.freezing import frozen_paths, keep_frozen
-from indiclip.head import Head, Losses, Metrics, Prediction, computed
+from indiclip.head import Head, Losses, Prediction, computed
 from indiclip.head_schedule import idle_parameters, start_steps, unused_parts
+from indiclip.held_out_scores import HeldOutScores
 from indiclip.lightning_internals import batches_done, estimated_steps, gradient_scale, logs_after_step
 from indiclip.micro_batches import CachedGradients, Outputs, split
 from indiclip.names import check_range
@@ -41,7 +42,8 @@ class MultiTask(L.LightningModule):
         encoder: What is trained and kept.
         heads: The tasks.
         head_overrides: In a config, arguments in place of those that `heads` has, for a page that stacks on another:
-            `head_overrides+: [{head: contrastive, loss: sigmoid}]`. They are applied when the config is read.
+            `head_overrides+: [{head: contrastive, loss: sigmoid}]`. They are applied when the config is read; two that
+            want an argument of a head differently are refused.
         lr: Peak learning rate; None is the optimizer's own.
         weight_decay: Of matrices and kernels, see `indiclip.parameter_groups`; None is the optimizer's own.
         warmup_steps: Linear warm-up, then what `lr_schedule` says.
@@ -96,6 +98,10 @@ class MultiTask(L.LightningModule):
             raise ValueError("model.head_overrides: is for configs; expected heads that are made with these arguments")
         checks.check_heads(heads)
         checks.check_blocks(heads, encoder)
+        if float8 and encoder.lora:
+            raise ValueError(
+                f"model.float8: found {float8}; expected null with model.encoder.lora, whose adapters are thin"
+            )
         check_range({f"model.lr_scale.{path}": scale for path, scale in (lr_scale or {}).items()})
         check_range({"model.lr": lr, "model.weight_decay": weight_decay, "model.warmup_steps": warmup_steps})
         check_range({"model.layer_decay": layer_decay}, 0, 1, without=0)
@@ -104,8 +110,7 @@ class MultiTask(L.LightningModule):
         for head in heads:
             head.bind(encoder)
         self.heads = nn.ModuleDict({head.name: head for head in heads})
-        # Copied here: later their sums are converted with the weights, and a profiler's hooks cannot be copied.
-        self._metrics = {head.name: head.metric.clone() for head in heads}
+        self._scores = HeldOutScores(heads)
         self.lr, self.warmup_steps = lr, warmup_steps
         self.weight_decay = 0.05 if optimizer is None and weight_decay is None else weight_decay
         self.optimizer, self.lr_schedule = optimizer or _DEFAULT_OPTIMIZER, lr_schedule or optim.Cosine()
@@ -122,18 +127,18 @@ class MultiTask(L.LightningModule):
         # Of this step, by callbacks: 1 where the optimizer is made to do nothing, else 0; a scalar on the device.
         self.skipped: Tensor | None = None
         self._stepped = False  # whether the optimizer was called, which a GradScaler does not do after an overflow
-        self.unused = unused_parts(heads)
-        self.frozen = frozen_paths(self, [*self.unused, *(freeze or [])])
-        freeze_paths(self, self.frozen)
-        if not any(parameter.requires_grad for parameter in self.parameters()):
-            raise ValueError(f"model.freeze: {', '.join(freeze or [])} leaves nothing to train")
-        if float8 and encoder.lora:
-            raise ValueError(
-                f"model.float8: found {float8}; expected null with model.encoder.lora, whose adapters are thin"
-            )
+        self._freeze(freeze or [])
         encoder.check_adapters()  # here, as a model that is only loaded need not run
         checks.check_adapters_train(encoder, self.unused)
         self.train(self.training)
+
+    def _freeze(self, freeze: list[str]) -> None:
+        """Freeze what is asked for, and what no head uses."""
+        self.unused = unused_parts(self.each_head())
+        self.frozen = frozen_paths(self, [*self.unused, *freeze])
+        freeze_paths(self, self.frozen)
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            raise ValueError(f"model.freeze: {', '.join(freeze)} leaves nothing to train")
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
@@ -325,28 +330,14 @@ class MultiTask(L.LightningModule):
                 yield name, head, head.predict(features, batch, self.encoder), features, batch
 
     def on_validation_epoch_start(self) -> None:
-        self._scored: dict[str, Metrics] = {}
+        self._scores.begin()
 
     def validation_step(self, batches: Batches, batch_idx: int) -> None:
         for name, head, predictions, features, batch in self.predictions(batches):
-            if name not in self._scored:
-                self._scored[name] = self._metrics[head.name].clone().to(self.device)
-            head.metric, empty = self._scored[name], head.metric
-            head.update_metric(predictions, features, batch)
-            head.metric = empty
+            self._scores.add(name, head, predictions, features, batch, self.device)
 
     def on_validation_epoch_end(self) -> None:
-        for name in self._names_of_all_ranks():
-            # Ranks may have got different numbers of samples, but all must take part in a metric's exchange.
-            metric = self._scored.get(name) or self._metrics[name.partition("/")[0]].clone().to(self.device)
-            self.log_dict({f"val/{name}/{number}": value for number, value in metric.compute().items()})
-        self._scored.clear()
-
-    def _names_of_all_ranks(self) -> list[str]:
-        """What any rank has scored, in the same order on all of them."""
-        parts = {name: metric.modules() for name, metric in self._scored.items()}
-        names = [name for name, of in parts.items() if any(getattr(part, "update_called", False) for part in of)]
-        return sorted(set().union(*gathered(names)))
+        self.log_dict({f"val/{name}": value for name, value in self._scores.compute(self.device).items()})
 
     test_step = validation_step
     on_test_epoch_start = on_validation_epoch_start

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from indiclip.names import check_range
 from indiclip.parameter_groups import rate_factor
-from indiclip.steps import first_step
+from indiclip.steps import check_ends, check_starts, first_step, start_within
 
 _OLD_TABLES = re.compile(r"(^|\.)(\w*pos_embed|position_\w+|cls_token|reg_token|latent|embeddings|\w*logit_\w+)(\.|$)")
 
@@ -81,15 +81,13 @@ class WarmupStableDecay(Schedule):
     def __init__(
         self, decay_steps: float, decay: Literal["linear", "cosine", "1-sqrt"] = "1-sqrt", min_lr_ratio: float = 0.0
     ) -> None:
-        check_range({"model.lr_schedule.decay_steps": decay_steps})
+        check_starts({"model.lr_schedule.decay_steps": decay_steps})
         check_range({"model.lr_schedule.min_lr_ratio": min_lr_ratio}, 0, 1)
-        if decay_steps > 1 and decay_steps != int(decay_steps):
-            raise ValueError(f"model.lr_schedule.decay_steps: found {decay_steps}; expected a share below 1, or steps")
         self.decay_steps = decay_steps
         self.options = {"decay_type": decay, "min_lr_ratio": min_lr_ratio}
 
     def scheduler(self, optimizer: Optimizer, warmup_steps: int, num_steps: int) -> LambdaLR:
-        decay_steps = round(self.decay_steps * num_steps if self.decay_steps < 1 else self.decay_steps)
+        decay_steps = first_step(self.decay_steps, num_steps)
         if decay_steps and warmup_steps + decay_steps > num_steps:
             raise ValueError(
                 f"model.lr_schedule.decay_steps: {decay_steps} and model.warmup_steps {warmup_steps} are more "
@@ -131,18 +129,13 @@ class Staged(Schedule):
         key = "model.lr_schedule"
         check_range({f"{key}.factor": factor, f"{key}.warmup_steps": warmup_steps})
         check_range({f"{key}.stages[{i}].factor": stage.factor for i, stage in enumerate(stages)})
-        for i, stage in enumerate(stages):
-            before = stages[i - 1].until if i else 0
-            if stage.until <= before or (before and (stage.until < 1) != (before < 1)):
-                raise ValueError(
-                    f"{key}.stages[{i}].until: found {stage.until:g} after {before:g}; expected stages that "
-                    "ascend, all by shares of the run or all by steps"
-                )
+        check_ends([stage.until for stage in stages], f"{key}.stages")
         self.ends, self.factors = [stage.until for stage in stages], [*(stage.factor for stage in stages), factor]
         self.warmup_steps, self.schedule = warmup_steps, schedule or Cosine()
 
     def scheduler(self, optimizer: Optimizer, warmup_steps: int, num_steps: int) -> LambdaLR:
-        ends = [first_step(end, num_steps) for end in self.ends]
+        key = "model.lr_schedule.stages"
+        ends = [start_within(f"{key}[{i}].until", end, num_steps) for i, end in enumerate(self.ends)]
         # A scheduler by itself sets rates; this one is asked for its factors alone.
         inner = self.schedule.scheduler(SGD([torch.zeros(1)], 1.0), warmup_steps, num_steps)
         (of_schedule,) = inner.lr_lambdas

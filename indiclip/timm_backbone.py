@@ -14,7 +14,8 @@ from timm.layers.norm import LayerNorm2d, RmsNorm
 from timm.models import is_model_in_modules
 from torch import Tensor, nn
 
-from indiclip.backbone import CanvasBackbone, join_prefix, split_prefix
+from indiclip.backbone import join_prefix, split_prefix
+from indiclip.canvas_backbone import CanvasBackbone
 from indiclip.names import check_range
 from indiclip.preprocessing import Interpolation
 from indiclip.timm_errors import check_keeps_patches, check_rates, check_timm_name, making, reworded

@@ -12,7 +12,7 @@ from typing import Any
 import transformers
 from torch import Tensor
 
-from indiclip.backbone import CanvasBackbone
+from indiclip.canvas_backbone import CanvasBackbone
 from indiclip.names import check_choice
 from indiclip.preprocessing import Interpolation
 from indiclip.text import architecture_of

@@ -120,6 +120,7 @@ def test_two_held_out_sources_of_a_task_have_scores_of_their_own(tmp_path, name)
     tree["trainer"]["callbacks"] = [best]
     tree["data"]["val"].append(json.loads(json.dumps(tree["data"]["val"][0])))
     tree["data"]["val"][1]["dataset"]["init_args"] |= {"seed": 5, "languages": ["en", "hi"]}
+    tree["data"]["val"][1] |= {"batch_size": 3, "max_tokens": 9}  # they share nothing but the task
     tree["data"]["val"][0]["name"] = name
     assert fit(tmp_path, tree) == 0
     metrics = json.loads((tmp_path / "runs/experiment/metrics.json").read_text())["metrics"]

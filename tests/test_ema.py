@@ -195,3 +195,14 @@ def test_averages_that_a_strategy_does_not_allow_are_refused():
         trainer_options(options, Path("run"), "fit", True)
     with pytest.raises(ValueError, match="FSDPStrategy flattens the weights, .* expected ddp or .*ShardedStrategy"):
         EMA().setup(SimpleNamespace(strategy=FSDPStrategy()), None, "fit")
+
+
+@pytest.mark.parametrize(("options", "first"), [({"start_step": 5}, 5), ({"start_step": 3, "every_n_steps": 5}, 5)])
+def test_averages_that_would_never_begin_are_one_line(options, first, tmp_path, capsys):
+    tree = run_config(steps=4)
+    tree["trainer"]["callbacks"][0]["init_args"] |= options
+    assert fit(tmp_path, tree) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("indiclip:")]
+    assert f"trainer.callbacks.EMA.start_step: {options['start_step']}, with every_n_steps" in line
+    assert f"has the averages begin after step {first} of 4" in line
+    assert not (tmp_path / "runs" / "experiment").exists()

@@ -28,14 +28,27 @@ def page(*overrides):
     return {"model": {"head_overrides+": list(overrides)}}
 
 
-def test_later_pages_win_and_the_other_arguments_stay(tmp_path):
-    """The second page changes one of the three that the first gives."""
-    pages = [page(SIGMOID), page({"head": "contrastive", "init_logit_bias": -7.0, "max_logit_scale": 50.0})]
+def test_pages_on_one_head_count_all(tmp_path):
+    """The second gives another argument, and one as the first has it."""
+    pages = [page(SIGMOID), page({"head": "contrastive", "init_logit_bias": -12.5, "max_logit_scale": 50.0})]
     model, _ = build_config(files(tmp_path, *pages))
     criterion = model.heads["contrastive"].criterion
     assert criterion.logit_scale.exp().item() == pytest.approx(20)
-    assert criterion.logit_bias.item() == -7
+    assert criterion.logit_bias.item() == -12.5
     assert criterion.max_log_scale == pytest.approx(math.log(50))
+
+
+def test_a_flag_changes_what_a_page_says(tmp_path):
+    model, _ = build_config([*files(tmp_path, page(SIGMOID)), "--model.head_overrides.init_logit_bias", "-7"])
+    assert model.heads["contrastive"].criterion.logit_bias.item() == -7
+
+
+def test_two_that_want_an_argument_differently_are_one_line(tmp_path, capsys):
+    pages = [page(SIGMOID), page({"head": "contrastive", "init_logit_bias": -7.0})]
+    assert run(["fit", *files(tmp_path, *pages), "--runs", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    words = "model.head_overrides[1].init_logit_bias: found -7.0, and model.head_overrides[0].init_logit_bias of the"
+    assert f"{words} same head 'contrastive' is -12.5; expected one of them" in line
 
 
 def test_they_are_part_of_the_heads_in_what_a_run_keeps(tmp_path, capsys):

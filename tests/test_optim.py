@@ -96,8 +96,8 @@ def test_rates_go_from_one_stage_to_the_next_in_a_line():
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
-        ([RateStage(0.5), RateStage(0.5)], r"stages\[1\].until: found 0.5 after 0.5; expected stages that ascend"),
-        ([RateStage(0.5), RateStage(30)], r"stages\[1\].until: found 30 after 0.5"),
+        ([RateStage(0.5), RateStage(0.5)], r"stages\[1\].until: found 0.5 after 0.5; expected more: stages ascend"),
+        ([RateStage(0.5), RateStage(30)], r"stages\[1\].until: found 30 after 0.5; expected all shares, or all steps"),
         ([RateStage(0.5, -1.0)], r"model.lr_schedule.stages\[0\].factor: found -1.0; expected 0 or more"),
     ],
 )

@@ -8,7 +8,7 @@ from helpers import noise, tiny_encoder
 
 from heads.contrastive import Contrastive
 from indiclip.datasets.base import SampleDataset
-from indiclip.datasets.prompts import Prompted
+from indiclip.datasets.prompts import ClassPrompts
 from indiclip.loading.source import Source
 from indiclip.loading.steps import Steps
 from indiclip.losses import SigmoidLoss, SoftmaxLoss, caption_ids
@@ -44,19 +44,19 @@ LABELLED = [{"label": 0}, {"label": 1}, {"label": 0, "captions": {"en": ["red ki
 
 def test_prompts_stand_in_for_captions_that_are_not_there():
     names = {"hi": ["पतंग", "ढोल"]}
-    found = Prompted(Images(LABELLED, CLASSES), PROMPTS, names)
+    found = ClassPrompts(Images(LABELLED, CLASSES), PROMPTS, names)
     assert found[0]["captions"] == {"en": ["a kite", "the kite there"], "hi": ["एक पतंग"]}
     assert found[1]["captions"]["hi"] == ["एक ढोल"]
     assert found[2]["captions"] == {"en": ["red kite in the sky"]}
     assert [found.captions(i) for i in range(3)] == [found[i]["captions"] for i in range(3)]
-    alone = Prompted(Images(LABELLED, CLASSES), PROMPTS, names, replace=True)
+    alone = ClassPrompts(Images(LABELLED, CLASSES), PROMPTS, names, replace=True)
     assert alone[2]["captions"] == alone.captions(2) == found[0]["captions"]
     assert (alone[2]["label"], alone.key(2), list(alone.labels)) == (0, "x2", [0, 1, 0])
 
 
 def test_an_image_without_a_class_stays_as_it_is():
     rows = [{"label": -1, "captions": {"en": ["a hill"]}}]
-    assert Prompted(Images(rows, CLASSES), PROMPTS, replace=True)[0]["captions"] == {"en": ["a hill"]}
+    assert ClassPrompts(Images(rows, CLASSES), PROMPTS, replace=True)[0]["captions"] == {"en": ["a hill"]}
 
 
 @pytest.mark.parametrize(
@@ -73,9 +73,9 @@ def test_an_image_without_a_class_stays_as_it_is():
 )
 def test_what_cannot_be_a_prompt_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        Prompted(Images(LABELLED, CLASSES), **arguments)
+        ClassPrompts(Images(LABELLED, CLASSES), **arguments)
     with pytest.raises(ValueError, match="dataset: Images names no classes"):
-        Prompted(Images([{}]), PROMPTS)
+        ClassPrompts(Images([{}]), PROMPTS)
 
 
 # Two images of class 0 and one of class 1 with labels alone; a triplet of class 0; pairs, of which two have one caption
@@ -117,7 +117,7 @@ def test_sources_of_all_three_kinds_make_one_batch():
     """Through the loader and the head: the loss is that of the labels and texts that the batch says."""
     pairs = [{"captions": {"en": [text]}} for text in ("a hill", "a hill", "two boats", "a cow")]
     sources = [
-        Source("contrastive", Prompted(Images(LABELLED[:2] * 2, CLASSES, "labelled"), PROMPTS), 12, max_tokens=4),
+        Source("contrastive", ClassPrompts(Images(LABELLED[:2] * 2, CLASSES, "labelled"), PROMPTS), 12, max_tokens=4),
         Source("contrastive", Images(pairs, name="pair"), 12, max_tokens=4),
         Source("contrastive", Images(LABELLED[2:] * 4, CLASSES, "triplet"), 12, max_tokens=4),
     ]

@@ -293,10 +293,10 @@ def test_bad_stages_are_said(options, message):
 
 def test_a_share_of_a_run_needs_its_length():
     steps = Steps([bad(stages=[Stage(0.5, 4)])], 0, Preprocessing(8), True)
-    with pytest.raises(ValueError, match=r"data: stages whose `until` is a share .* need trainer.max_steps"):
+    with pytest.raises(ValueError, match=r"stages\[0\].until: 0.5 is a share .* which need trainer.max_steps"):
         steps[0]
-    assert stage_ends([Stage(7, 4), Stage(9, 5)], None) == [7, 9]
-    assert stage_ends([Stage(0.29, 4), Stage(0.9, 5)], 100) == [29, 90]
+    assert stage_ends([Stage(7, 4), Stage(9, 5)], None, "x") == [7, 9]
+    assert stage_ends([Stage(0.29, 4), Stage(0.9, 5)], 100, "x") == [29, 90]
 
 
 def test_sources_of_a_task_share_their_stages_with_a_token_budget():
@@ -313,6 +313,12 @@ CANVAS = {
     "class_path": "indiclip.timm_backbone.TimmBackbone",
     "init_args": {"name": "convnext_atto", "canvas_hw": [32, 32], "patch_size": 8},
 }
+
+
+def test_a_backbone_of_one_size_may_have_stages_of_other_batches(tmp_path):
+    tree = config(model__encoder__backbone=CANVAS, data__val=[])
+    tree["data"]["train"][0]["stages"] = [{"until": 0.5, "batch_size": 2}]
+    assert fit(tmp_path, tree) == 0
 
 
 @pytest.mark.parametrize(

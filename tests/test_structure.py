@@ -85,13 +85,15 @@ ARROWS = {
     "packing.py": "types flex grouped_attention",
     "text_packing.py": "packing",
     "position_table.py": "types",
-    "backbone.py": "types names preprocessing timm_errors packing position_table",
-    "timm_backbone.py": "types names preprocessing timm_errors backbone",
+    "backbone.py": "types names preprocessing timm_errors packing position_table naflex_models",
+    "naflex_models.py": "names timm_errors",
+    "canvas_backbone.py": "types names backbone",
+    "timm_backbone.py": "types names preprocessing timm_errors backbone canvas_backbone",
     "tokenizers.py": "names text_cleaning tokenizer_sources",
     "tokenizer_sources.py": "names",
     "text.py": "names quiet tokenizers packing text_packing",
     "text_cleaning.py": "names",
-    "transformers_backbone.py": "types names preprocessing backbone text",
+    "transformers_backbone.py": "types names preprocessing canvas_backbone text",
     "pooling.py": "names distributed",
     "distributed.py": "",
     "sharding.py": "types packing",
@@ -109,13 +111,14 @@ ARROWS = {
     "teacher.py": "types moving_average",
     "fcos.py": "types ratios",
     "surface_charts.py": "types ratios",
-    "head.py": "types names distributed ratios steps",
+    "head.py": "types names distributed ratios steps presentation",
+    "presentation.py": "types",
     "surface_metric.py": "head surface_charts",
-    "detection_metric.py": "head",
+    "detection_metric.py": "head presentation",
     "caption_vocabulary.py": "",
     "caption_sequences.py": "types caption_vocabulary",
     "caption_decoder.py": "types",
-    "caption_metric.py": "head",
+    "caption_metric.py": "head presentation",
     "chunked_cross_entropy.py": "types autograd",
     "pretrained": (
         "names quiet lora old_names backbone timm_errors timm_backbone transformers_backbone tokenizers text pooling"
@@ -126,15 +129,16 @@ ARROWS = {
     "lightning_internals.py": "",
     "task_weights.py": "names types distributed autograd sharding",
     "module.py": "encoder head types names optim freezing lightning_internals distributed sharding float8 task_weights"
-    " micro_batches ratios head_schedule module_checks parameter_groups",
+    " micro_batches ratios head_schedule held_out_scores module_checks parameter_groups",
+    "held_out_scores.py": "head types distributed",
     "head_schedule.py": "head steps task_weights",
     "module_checks.py": "encoder head task_weights",
     "datasets": "types names images",
     "webdataset": "types names masking images datasets",
     "generated": "types names images datasets",
     "planning": (
-        "chunked_cross_entropy task_weights types names steps images head losses parameter_groups loading ratios"
-        " distributed"
+        "chunked_cross_entropy task_weights types names images head head_schedule losses parameter_groups loading"
+        " ratios distributed"
     ),
     "loading": "types names steps images patches preprocessing datasets lightning_internals",
     "evals": (
@@ -143,12 +147,13 @@ ARROWS = {
     ),
     "training": (
         "types names strict_yaml old_names masking config_files json_lines patches checkpoint pretrained distributed"
-        " sharding moving_average teacher float8 pooling lightning_internals backbone encoder head module task_weights"
+        " sharding moving_average teacher float8 pooling lightning_internals backbone encoder head presentation module"
+        " task_weights"
         " datasets loading evals planning"
     ),
     "export": (
-        "types names masking datasets.tables patches preprocessing backbone timm_backbone tokenizers text pooling"
-        " encoder checkpoint pretrained"
+        "types names masking datasets.tables patches preprocessing backbone canvas_backbone timm_backbone tokenizers"
+        " text pooling encoder checkpoint pretrained"
     ),
     "commands": (
         "types names quiet masking config_files distributed json_lines images preprocessing tokenizers text datasets"

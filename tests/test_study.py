@@ -1,8 +1,10 @@
 """Studies: equal FLOPs, slices that go on, one-line errors, statistics by hand, and the page with all of it."""
 
+import errno
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -24,15 +26,17 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import study
 from _study_flops import count_arm
 from _study_grid import read_grid
-from _study_page import Results
+from _study_page import write_study
 from _study_prepare import Prepared
 from _study_protocols import PROTOCOLS, Embedded
+from _study_results import Results
 from _study_runs import common_step
 from _study_scores import check_scores
 from _study_slice import Slice
 from _study_statistics import Difference, holm, paired, pooled
 
 ROOT = Path(__file__).parents[1]
+WIDE = "--model.encoder.backbone.init_args.width=64"
 CONTRASTIVE = {"class_path": "heads.contrastive.Contrastive"}
 DETECTION = {
     "class_path": "heads.detection.Detection",
@@ -45,7 +49,7 @@ def mela(seed, **changes):
     return {"class_path": "indiclip.generated.mela.Mela", "init_args": arguments | changes}
 
 
-def grid(folder, **changes):
+def grid(folder, name="tiny", **changes):
     """A grid of two arms and two seeds on a tiny experiment; `changes` are its keys, None takes one away."""
     average = {"class_path": "indiclip.training.ema.EMA", "init_args": {"decay": 0.999}}
     stop = {"class_path": "test_study.StopTheStudy", "init_args": {"folder": str(folder)}}
@@ -56,7 +60,7 @@ def grid(folder, **changes):
     content = {
         "title": "A tiny study",
         "base": ["base.yaml"],
-        "arms": {"plain": [], "wide": ["--model.encoder.backbone.init_args.width=64"]},
+        "arms": {"plain": [], "wide": [WIDE]},
         "control": "plain",
         "budget": {"steps": 10},
         "seeds": [0, 1],
@@ -67,7 +71,7 @@ def grid(folder, **changes):
             "boxes": boxes | {"dataset": mela(13), "train": mela(14)},
         },
     } | changes
-    file = folder / "tiny.yaml"
+    file = folder / f"{name}.yaml"
     file.write_text(yaml.safe_dump({key: value for key, value in content.items() if value is not None}))
     return file
 
@@ -135,7 +139,7 @@ def test_arms_have_equal_flops_within_a_step_and_are_scored_at_equal_steps(done)
 
 
 def test_the_page_has_every_number_and_the_commands(done):
-    _, folder, _ = done
+    file, folder, _ = done
     page, table = (folder / "study.html").read_text(), (folder / "study.md").read_text()
     scores = json.loads((folder / "wide" / "seed-1" / "scores.json").read_text())["steps"]
     (of_wide,) = scores.values()
@@ -152,7 +156,64 @@ def test_the_page_has_every_number_and_the_commands(done):
     assert "indiclip fit --config" in page
     assert "--model.encoder.backbone.init_args.width=64 --seed_everything=0" in page
     assert "http" not in page.replace("http://www.w3.org", "")
-    assert table.startswith("| arm | steps | scenes/zero_shot@32 |")
+    (row,) = (line for line in table.partition("## At equal steps")[0].splitlines() if line.startswith("| wide "))
+    of = Results(study.Study(read_grid(file), folder)).compared("scenes/zero_shot@32", "FLOPs")["wide"]
+    assert (
+        row == f"| wide | 2.15 | 4 | {of.verdict} {of.own.value:+.3f} ({of.pooled.low:+.3f} to {of.pooled.high:+.3f}) |"
+    )
+
+
+def test_an_arm_of_which_a_seed_diverged_is_not_judged_by_the_others(done, tmp_path):
+    """The page says which run, and the table says so in place of a verdict."""
+    file, folder, _ = done
+    root = shutil.copytree(folder, tmp_path / "tiny", ignore=shutil.ignore_patterns("*.ckpt"))
+    state = root / "wide" / "seed-1.json"
+    reason = "step 13: the loss of contrastive was not finite in 11 steps in a row"
+    state.write_text(json.dumps({"digest": json.loads(state.read_text())["digest"], "diverged": reason}))
+    (root / "wide" / "seed-1" / "scores.json").unlink()
+    of = study.Study(read_grid(file), root)
+    compared = Results(of).compared("scenes/zero_shot@32", "FLOPs")["wide"]
+    assert (compared.verdict, compared.own.num, compared.own_verdict) == ("diverged", 1, "not judged")
+    write_study(of, Prepared(of.grid, root), [])
+    assert "| wide | 2.15 | 4 | diverged with seed 1 " in (root / "study.md").read_text()
+    page = (root / "study.html").read_text()
+    assert f"<b>Diverged:</b> wide, seed-1: {reason}" in page
+    assert "1 of 2 seeds" in page
+
+
+def test_the_best_rate_is_chosen_for_each_arm_and_never_one_that_diverged(done, tmp_path):
+    """Of trials that are written down, as training would: some that ended in NaN or stopped, and some that did not. The
+    next runs have the chosen rates, and fewer seeds where the grid says so."""
+    file, folder, _ = done
+    rates = [1e-3, 2e-3, 4e-3, 8e-3]
+    screening = {"share": 0.5, "warmup": 0.2, "points": 1}
+    changes = {"learning_rates": rates, "screening": screening, "seeds_of": {"wide": [1]}}
+    of = read_grid(grid(file.parent, "rates", **changes))
+    shutil.copy(folder / "counted.json", tmp_path)
+    tried = study.Study(of, tmp_path)
+    (flags,) = (run.flags() for run in tried.runs["rates"] if (run.arm, run.lr) == ("plain", 2e-3))
+    assert flags[1:] == [
+        *("--trainer.max_steps=5", "--model.lr=0.002", "--model.warmup_steps=1"),
+        *("--data.steps_per_epoch=5", "--data.num_workers=0"),
+    ]
+    values = {"plain": [None, 0.1, 0.3, 0.2], "wide": [0.1, None, "diverged", 0.05]}
+    assert tried.rate("plain") is None
+    for run in tried.runs["rates"]:
+        place, value = tried.place(run), values[run.arm][rates.index(run.lr)]
+        place.begin(of)
+        place.folder.mkdir()
+        (place.folder / "metrics.json").write_text(json.dumps({"metrics": {of.metric: value}}))
+        place.file("log").write_text("indiclip: step 13: the loss was not finite in 11 steps in a row")
+        assert place.end(0 if value != "diverged" else 1) == ""
+    assert (tried.rate("plain"), tried.rate("wide")) == (4e-3, 1e-3)
+    assert [(run.arm, run.seed, run.lr) for run in tried.seeds()] == [
+        ("plain", 0, 4e-3),
+        ("plain", 1, 4e-3),
+        ("wide", 1, 1e-3),
+    ]
+    place.folder.joinpath("metrics.json").write_text(json.dumps({"metrics": {"val/contrastive/zero_shot_16": 0.1}}))
+    with pytest.raises(ValueError, match=r"select.metric: found 'val/contrastive/zero_shot'; nearest is"):
+        tried.rate("wide")
 
 
 def test_other_configs_in_the_folder_of_a_study_are_refused(done, capsys):
@@ -183,6 +244,8 @@ def test_a_head_that_begins_late_is_counted_from_there_on(tmp_path):
     late = count_arm(["--config", str(files["late"])], None, 0.8 * one + 0.2 * both + 1)
     assert (late.steps, late.flops) == (10, pytest.approx(0.8 * one + 0.2 * both))
     assert late.stages == ((0, pytest.approx(one / 10)), (8, pytest.approx(both / 10)))
+    assert late.flops_until(9) == pytest.approx(0.8 * one + 0.1 * both)
+    assert late.flops_until(4.5) == pytest.approx(0.45 * one)
 
 
 def test_wrong_grids_are_told_in_one_line(tmp_path, capsys):
@@ -200,6 +263,8 @@ def test_wrong_grids_are_told_in_one_line(tmp_path, capsys):
             "scores": {"x": {"dataset": mela(1), "protocols": ["kn"]}}
         },
         "scores: found nothing": {"scores": None},
+        "seeds_of.plain: found [2]; expected some of seeds, [0, 1]": {"seeds_of": {"plain": [2]}},
+        "screening: found 'warm'; nearest is 'warmup'": {"screening": {"warm": 0.2}},
         "arms.plain: budget: 1e+03 FLOPs; one step takes": {"budget": {"flops": 1000}},
     }
     for said, changes in wrong.items():
@@ -214,6 +279,16 @@ def test_every_shipped_grid_can_be_read_and_says_its_command(file):
     check_scores(of)
     assert len(of.arms) > 1
     assert f"python tools/study.py conf/study/{file.name}" in file.read_text().partition("\ntitle:")[0]
+
+
+def test_every_page_of_a_method_is_an_arm_of_a_grid():
+    """Of the page itself, of its name where the arm has other data than the page's trial, or by what an arm leaves out;
+    `augreg_none` changes nothing, and is the control."""
+    measured = {"augreg_none"}
+    for of in map(read_grid, (ROOT / "conf" / "study").glob("*.yaml")):
+        measured |= {*of.arms, *(of.reversed or {}).values()}
+        measured |= {Path(word).stem for words in of.arms.values() for word in words if "/methods/" in word}
+    assert {page.stem for page in (ROOT / "conf" / "methods").glob("*.yaml")} <= measured
 
 
 def test_what_is_prepared_is_made_once_and_by_one_command(tmp_path):
@@ -234,6 +309,33 @@ def test_what_is_prepared_is_made_once_and_by_one_command(tmp_path):
         [*Prepared(read_grid(grid(tmp_path, prepare=items)), root).todo()]
 
 
+def test_a_plan_before_anything_is_prepared_is_of_the_other_arms(done, capsys):
+    """The arm that needs a teacher's run cannot be counted yet."""
+    file, folder, _ = done
+    taught = ["--model.heads.teacher.weights={folder}/teacher"]
+    items = {"teacher": {"command": "false", "cpu_seconds": 3600}}
+    of = grid(file.parent, "taught", arms={"plain": [], "wide": [WIDE], "taught": taught}, prepare=items)
+    shutil.copytree(folder, folder.with_name("taught"), ignore=shutil.ignore_patterns("*.ckpt", "seed-*"))
+    assert study.main([str(of), "--runs", str(folder.parent), "--dry_run"]) == 0
+    out = capsys.readouterr().out
+    assert "to prepare: teacher, about 1.00 CPU-hours" in out
+    assert "counted and timed once that is prepared: taught" in out
+    assert [line.split()[0] for line in out.splitlines()[-3:]] == ["plain", "wide", "4"]
+
+
+def test_a_full_disk_is_told_in_one_line(done, monkeypatch, capsys):
+    file, folder, _ = done
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "study.html")
+
+    monkeypatch.setattr(study, "write_study", full)
+    assert study.main([str(file), "--runs", str(folder.parent)]) == 1
+    assert capsys.readouterr().err == (
+        "study: [Errno 28] No space left on device: 'study.html'; the same command goes on\n"
+    )
+
+
 def test_runs_of_nearly_as_many_steps_are_compared_at_their_ends():
     assert common_step(1000, 985) == (1000, 985)
     assert common_step(1000, 970) == (970, 970)
@@ -245,7 +347,26 @@ def test_paired_intervals_are_those_of_the_books():
     assert (found.value, found.num) == (2.0, 3)
     assert (found.low, found.high) == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5), abs=1e-3)
     assert found.p == pytest.approx(ttest_rel([2, 4, 6], [1, 2, 3]).pvalue)
-    assert math.isnan(paired({0: 1.0}, {0: 0.0}).p)
+    assert paired({0: 1.0}, {0: 0.0}).verdict(0.0, "higher") == "not judged"
+    apart = paired({0: 0.5, 1: 0.25}, {0: 0.375, 1: 0.125})  # by an eighth in both seeds: no spread to judge it by
+    assert (apart.value, apart.verdict(0.0, "higher")) == (0.125, "not judged")
+
+
+def test_folds_widen_intervals():
+    """Nadeau and Bengio's variance of five folds' mean is 1/5 + 1/4 of that of one, in place of 1/5."""
+    arms = {
+        "control": dict(enumerate([0.0, 1.0, 2.0, 3.0, 4.0])),
+        "a": dict(enumerate([1.0, 3.0, 2.0, 5.0, 6.0])),
+        "b": dict(enumerate([0.0, 2.0, 1.0, 3.0, 5.0])),
+    }
+    for judged in (
+        lambda folds: paired(arms["a"], arms["control"], folds),
+        lambda folds: pooled(arms, {"a": paired(arms["a"], arms["control"])}, folds)["a"],
+    ):
+        seeds, folds = judged(0), judged(5)
+        assert folds.value == seeds.value
+        assert folds.high - folds.low == pytest.approx(1.5 * (seeds.high - seeds.low))
+        assert folds.p > seeds.p
 
 
 def test_the_pooled_spread_is_that_of_a_model_of_arms_and_seeds():

@@ -1,4 +1,4 @@
-"""Views of images and what a stacked config changes: against what the same transforms make of the same pictures."""
+"""Views of images: against what the same transforms make of the same pictures."""
 
 import pytest
 import torch
@@ -6,7 +6,6 @@ from experiments import config, fit
 from torchvision.transforms import v2
 
 from indiclip.generated.mela import Mela
-from indiclip.loading.overrides import SourceOverride, overridden
 from indiclip.loading.source import Source
 from indiclip.loading.steps import Steps
 from indiclip.loading.views import View
@@ -55,6 +54,15 @@ def test_views_begin_at_their_step():
     assert ["views" in late[step]["contrastive"] for step in range(4)] == [False, False, True, True]
 
 
+@pytest.mark.parametrize("others", [[], [crops(count=2)], [crops(start=0.5)], [crops("global")]])
+def test_sources_of_a_task_have_the_same_views(others):
+    """Else rows of a view would be of other images than they seem; how each augments its own is its affair."""
+    mirrored = View("local", 3, [v2.RandomHorizontalFlip()], max_tokens=9)
+    assert len(steps(source(views=[crops()]), source(views=[mirrored]))[0]["contrastive"]["keys"]) == 4
+    with pytest.raises(ValueError, match=r"the sources of task 'contrastive' differ in views \(name, count or start\)"):
+        steps(source(views=[crops()]), source(views=others), run_steps=4)
+
+
 def test_masked_patches_are_the_learned_one_in_the_pixels_of_the_backbone():
     class Grey:
         mean_P, std_P = torch.tensor([100.0, 50.0]), torch.tensor([2.0, 4.0])
@@ -65,21 +73,6 @@ def test_masked_patches_are_the_learned_one_in_the_pixels_of_the_backbone():
     assert hidden.tolist() == [[[1, 2], [102, 46]]]
     hidden.sum().backward()
     assert learned.grad.tolist() == [2, 4]
-
-
-def test_a_stacked_config_adds_and_replaces():
-    flip = v2.RandomHorizontalFlip()
-    base = source(augment=[flip])
-    grey = v2.RandomGrayscale()
-    (found,) = overridden([base], [SourceOverride("contrastive", augment=[grey], drop=0.5, views=[crops()])])
-    assert (found.augment, found.drop, found.batch_size) == ([flip, grey], 0.5, 4)
-    assert [view.name for view in found.views] == ["local"]
-    assert found.transform.augment == [flip, grey]
-    for of_source, of_override, left in ((3, 2, 2), (2, 5, 5), (5, None, 5)):
-        (found,) = overridden([source(samples=of_source)], [SourceOverride("contrastive", samples=of_override)])
-        assert len(found.dataset) == left
-    with pytest.raises(ValueError, match=r"data.overrides\[0\].task: no source .* 'contrastve'; nearest .*contrastive"):
-        overridden([base], [SourceOverride("contrastve")])
 
 
 HEADS = """

@@ -11,7 +11,7 @@ from _study_runs import curve
 from indiclip.evals.reports.page import data_uri
 
 if TYPE_CHECKING:
-    from _study_page import Compared, Results
+    from _study_results import Compared, Results
 
 
 def forest(results: Results, name: str, compared: dict[str, Compared]) -> str:
@@ -22,21 +22,20 @@ def forest(results: Results, name: str, compared: dict[str, Compared]) -> str:
     height = 0.9 + 0.26 * max(len(arms), 1)
     figure = Figure(figsize=(5.6, height))
     axes = figure.add_axes((0.36, 0.55 / height, 0.6, 1 - 0.9 / height))
-    shown = {arm: f"{(results.grid.reversed or {}).get(arm, arm)}" for arm in arms}
     for y, arm in enumerate(arms):
         of = compared[arm]
-        colour = {"better": "#12787a", "worse": "#b3403a"}.get(of.pooled_verdict.split()[-1], "#777777")
+        colour = {"better": "#12787a", "worse": "#b3403a"}.get(of.verdict.split()[-1], "#777777")
         for interval, width in ((of.pooled, 4.0), (of.own, 1.0)):
             if math.isfinite(interval.low):
                 axes.plot([interval.low, interval.high], [y, y], color=colour, linewidth=width, solid_capstyle="butt")
         axes.plot([of.own.value], [y], "o", color=colour, markersize=5)
-    reach = [
-        abs(end) for arm in arms for end in (compared[arm].pooled.low, compared[arm].pooled.high) if math.isfinite(end)
-    ]
-    reach += [abs(compared[arm].own.value) for arm in arms]
-    axes.set_xlim(-1.6 * max(reach, default=1.0) or -1.0, 1.6 * max(reach, default=1.0) or 1.0)
+    reach = [0.0, *(compared[arm].own.value for arm in arms)]
+    for arm in arms:
+        reach += [end for end in (compared[arm].pooled.low, compared[arm].pooled.high) if math.isfinite(end)]
+    margin = 0.15 * (max(reach) - min(reach)) or 1.0
+    axes.set_xlim(min(reach) - margin, max(reach) + margin)
     axes.axvline(0, color="#999999", linewidth=0.8)
-    axes.set_yticks(range(len(arms)), [shown[arm] for arm in arms], fontsize=8)
+    axes.set_yticks(range(len(arms)), [(results.grid.reversed or {}).get(arm, arm) for arm in arms], fontsize=8)
     axes.set_ylim(-0.7, max(len(arms), 1) - 0.3)
     axes.tick_params(labelsize=8)
     axes.set_title(name, fontsize=9)
@@ -56,8 +55,8 @@ def curves(results: Results, arm: str) -> str:
             counted = results.study.counted[name]
             for run in (of for of in results.places if of.run.arm == name):
                 points = curve(run, grid.metric)
-                scale = counted.flops / counted.steps if axis == "FLOPs" else 1.0  # of stages the mean
-                axes.plot([step * scale for step, _ in points], [v for _, v in points], color=colour, linewidth=1.0)
+                x = [counted.flops_until(step) if axis == "FLOPs" else step for step, _ in points]
+                axes.plot(x, [value for _, value in points], color=colour, linewidth=1.0)
         axes.set_xlabel(axis, fontsize=7)
         axes.tick_params(labelsize=6.5)
         axes.xaxis.get_offset_text().set_fontsize(6.5)

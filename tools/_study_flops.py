@@ -27,6 +27,13 @@ class Counted:
     flops: float
     stages: tuple[tuple[int, float], ...]
 
+    def flops_until(self, step: float) -> float:
+        """FLOPs of the first so many steps, or of a part of one."""
+        ends = [*(begin for begin, _ in self.stages[1:]), self.steps]
+        return sum(
+            flops * max(0.0, min(step, end) - begin) for (begin, flops), end in zip(self.stages, ends, strict=True)
+        )
+
 
 class RunCounter:
     """FLOPs of the steps of a model on its data.

@@ -11,15 +11,16 @@ A grid is a YAML file:
     budget: {steps: 2000}                # of the control, whose FLOPs all arms get; or {flops: 1.5e14}
     seeds: [0, 1, 2]
     learning_rates: [1.0e-3, 2.0e-3]     # tried for every arm in runs of `screening.share` of the budget
-    screening: {share: 0.2, seed: 100}
+    screening: {share: 0.2, seed: 100, warmup: 0.2, points: 1}   # warmup: share of such a run; points: as below
     select: {metric: val/contrastive/zero_shot, better: higher}   # chooses the rate, and is the curve
     points: 10                           # validations of a run
     folds: 5                             # ${oc.env:INDICLIP_STUDY_FOLD} is the seed modulo this, in configs and scores
-    scores: {...}                        # see `_study_scores`
+    scores: {...}                        # see `_study_scores`; or a file of them beside the grid: scores/scenes.yaml
     main: [cifar10/zero_shot@64]         # those whose intervals are drawn
     not_at_equal_steps: [cosine]         # arms whose schedule ends with the run: their curves are no ends of runs
     prepare: {...}                       # commands that run once before, see `_study_prepare`
     reversed: {without_ema: ema}         # arms that leave something out: the verdict on what they leave out
+    seeds_of: {captioning: [0, 1]}       # arms that are only screened, with some of the seeds
 
 In arms and commands `{folder}` is the folder of what was prepared.
 """
@@ -73,6 +74,7 @@ class Grid:
     not_at_equal_steps: tuple[str, ...] = ()
     prepare: dict[str, dict[str, Any]] | None = None
     reversed: dict[str, str] | None = None
+    seeds_of: dict[str, list[int]] | None = None
 
     @property
     def name(self) -> str:
@@ -97,6 +99,25 @@ class Grid:
     def screening_seed(self) -> int:
         return int((self.screening or {}).get("seed", 100))
 
+    @property
+    def screening_warmup(self) -> float | None:
+        """Share of such a run in which its rate rises; None has the config's own number of steps."""
+        return (self.screening or {}).get("warmup")
+
+    @property
+    def screening_points(self) -> int:
+        """Validations of such a run."""
+        return int((self.screening or {}).get("points", self.points))
+
+    def arm_seeds(self, arm: str) -> tuple[int, ...]:
+        """Those with which an arm is trained."""
+        return tuple((self.seeds_of or {}).get(arm, self.seeds))
+
+    def shown_arm(self, arm: str) -> str:
+        """Its name; of one that leaves something out, what that gives, as its verdict says."""
+        left_out = (self.reversed or {}).get(arm)
+        return f"{left_out} ({self.control} less {arm})" if left_out else arm
+
     def words(self, arm: str, folder: Path) -> list[str]:
         """Words of `indiclip fit` of an arm, without those of a run; `folder` holds what was prepared."""
         return [word.replace("{folder}", str(folder)) for word in (*self.base, *self.arms[arm])]
@@ -113,7 +134,9 @@ class Run:
     Attributes:
         name: Of its folder within the arm's.
         lr: None is the config's own.
+        points: Validations.
         marks: Steps after which the weights are kept, ascending; the last step is one.
+        warmup_steps: None is the config's own.
     """
 
     arm: str
@@ -121,14 +144,16 @@ class Run:
     seed: int
     lr: float | None
     steps: int
+    points: int
     marks: tuple[int, ...] = ()
+    warmup_steps: int | None = None
 
-    def flags(self, points: int) -> list[str]:
+    def flags(self) -> list[str]:
         """What it adds to its arm's words."""
         flags = [f"--seed_everything={self.seed}", f"--trainer.max_steps={self.steps}"]
         flags += [] if self.lr is None else [f"--model.lr={self.lr:g}"]
-        flags += ["--model.warmup_steps=0"] if self.name == TIMING else []  # a schedule may need the steps for itself
-        return [*flags, f"--data.steps_per_epoch={-(-self.steps // points)}", "--data.num_workers=0"]
+        flags += [] if self.warmup_steps is None else [f"--model.warmup_steps={self.warmup_steps}"]
+        return [*flags, f"--data.steps_per_epoch={-(-self.steps // self.points)}", "--data.num_workers=0"]
 
 
 def read_grid(file: Path) -> Grid:
@@ -160,6 +185,11 @@ def _checked(file: Path, tree: Any) -> Grid:
     for key in _REQUIRED:
         if not tree.get(key):
             raise ValueError(f"{key}: found nothing; expected it in a grid")
+    if isinstance(tree["scores"], str):
+        beside = file.parent / tree["scores"]
+        if not beside.is_file():
+            raise ValueError(f"scores: no file {beside}")
+        tree |= {"scores": yaml.load(beside.read_text(encoding="utf-8"), UniqueKeys)}
     tree = anchored(tree, file.resolve().parent)
     arms = {str(name): words_of(file, f"arms.{name}", items or []) for name, items in tree["arms"].items()}
     for name in arms:
@@ -190,7 +220,15 @@ def _check(grid: Grid) -> None:
         check_whole({f"seeds[{place}]": seed}, 0)
     if len({*grid.seeds}) < len(grid.seeds) or not grid.seeds:
         raise ValueError(f"seeds: found {list(grid.seeds)}; expected one or more, each once")
+    for key in grid.screening or {}:
+        check_choice("screening", key, ("share", "seed", "warmup", "points"))
     check_range({"screening.share": grid.share}, 0, 1, without=0)
+    check_range({"screening.warmup": grid.screening_warmup or 0}, 0, 1, without=1)
+    check_whole({"screening.points": grid.screening_points}, 1)
+    for name, seeds in (grid.seeds_of or {}).items():
+        check_choice("seeds_of", name, grid.arms)
+        if not seeds or not {*seeds} <= {*grid.seeds}:
+            raise ValueError(f"seeds_of.{name}: found {seeds}; expected some of seeds, {list(grid.seeds)}")
     if grid.screening_seed in grid.seeds:
         raise ValueError(f"screening.seed: found {grid.screening_seed}; expected one that is none of seeds")
     for name, item in (grid.prepare or {}).items():
@@ -238,7 +276,7 @@ def arm_content(grid: Grid, arm: str, folder: Path) -> list[Any]:
 def digest(grid: Grid, run: Run, folder: Path) -> str:
     """Of all that decides what a run computes."""
     content = arm_content(grid, run.arm, folder)
-    return digest_of([content, run.flags(grid.points), run.marks, grid.environment(run.seed)])
+    return digest_of([content, run.flags(), run.marks, grid.environment(run.seed)])
 
 
 def digest_of(value: Any) -> str:

@@ -2,152 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import platform
 import time
-from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
+import yaml
 from _study_figures import curves, forest
 from _study_grid import command
-from _study_runs import Costs, common_step, curve
-from _study_scores import Scores, directions, scored
-from _study_statistics import NO_DIFFERENCE, Difference, holm, paired, pooled
+from _study_results import Results
+from _study_runs import Costs, common_step
+from _study_scores import Scores, scored
+from _study_statistics import NO_DIFFERENCE, Difference
+from _study_table import ends, markdown, signed
 
 from indiclip import json_lines
-from indiclip.evals.protocols.metrics import Interval, parity_gap
 from indiclip.evals.reports.page import write_page
 
 if TYPE_CHECKING:
     from _study_prepare import Prepared
     from study import Study
-
-
-@dataclass(frozen=True)
-class Compared:
-    """An arm beside the control, by one score and at equal FLOPs or equal steps.
-
-    Attributes:
-        own: By the arm's own spread, `pooled` by that of all arms; each with its corrected p-value and verdict.
-        images: Over images instead of seeds; None of a score that is no share of images.
-    """
-
-    own: Difference
-    own_p: float
-    own_verdict: str
-    pooled: Difference
-    pooled_p: float
-    pooled_verdict: str
-    images: Interval | None = None
-
-
-class Results:
-    """All scores of a study, by seed.
-
-    Args:
-        study: Of which some runs may be left.
-    """
-
-    def __init__(self, study: Study) -> None:
-        self.study, self.grid = study, study.grid
-        self.places = [study.place(run) for run in study.seeds()]
-        self.scores = {(p.run.arm, p.run.seed): scored(p, self.grid) for p in self.places}
-        self.better = directions(self.grid)
-        self.names = [*dict.fromkeys(name for of in self.scores.values() for at in of.values() for name in at)]
-
-    def direction(self, name: str) -> str:
-        """Which direction of a score is better."""
-        return self.better.get(name, "lower" if "gap_to" in name else "higher")
-
-    def values(self, arm: str, name: str, step: int | None = None) -> dict[int, float]:
-        """Seed -> score of an arm after a step; None is its last."""
-        step = self.study.counted[arm].steps if step is None else step
-        found: dict[int, Scores] = {
-            seed: at[step] for (own, seed), at in self.scores.items() if own == arm and step in at
-        }
-        return {seed: at[name] for seed, at in found.items() if math.isfinite(at.get(name, math.nan))}
-
-    def compared(self, name: str, equal: str) -> dict[str, Compared]:
-        """Each arm beside the control by a score, at equal `FLOPs` or `steps`."""
-        others = [arm for arm in self.grid.arms if arm != self.grid.control]
-        if equal == "steps":
-            others = [arm for arm in others if arm not in self.grid.not_at_equal_steps]
-        sides = {arm: self._sides(arm, name, equal) for arm in others}
-        own = {arm: self._signed(arm, paired(*side)) for arm, side in sides.items()}
-        control = self.values(self.grid.control, name)
-        whole = {arm: side[0] for arm, side in sides.items() if control and side[0].keys() >= control.keys()}
-        of_pool = pooled(whole | {self.grid.control: control}, own)
-        own_p, pooled_p = ([*holm([of[arm].p for arm in others])] for of in (own, of_pool))
-        direction = self.direction(name)
-        return {
-            arm: Compared(
-                own[arm],
-                own_p[place],
-                own[arm].verdict(own_p[place], direction),
-                of_pool[arm],
-                pooled_p[place],
-                of_pool[arm].verdict(pooled_p[place], direction),
-                self._over_images(arm, name) if equal == "FLOPs" else None,
-            )
-            for place, arm in enumerate(others)
-        }
-
-    def _sides(self, arm: str, name: str, equal: str) -> tuple[dict[int, float], dict[int, float]]:
-        if equal == "FLOPs":
-            return self.values(arm, name), self.values(self.grid.control, name)
-        steps = common_step(self.study.counted[arm].steps, self.study.counted[self.grid.control].steps)
-        return self.values(arm, name, steps[0]), self.values(self.grid.control, name, steps[1])
-
-    def _signed(self, arm: str, difference: Difference) -> Difference:
-        """Of an arm that leaves something out: what that something gives."""
-        if arm not in (self.grid.reversed or {}):
-            return difference
-        return Difference(-difference.value, -difference.high, -difference.low, difference.p, difference.num)
-
-    def reached(self, arm: str) -> float:
-        """At which share of the budget an arm's validations are where the control's end, a mean over seeds; NaN where
-        they never are.
-        """
-        sign = 1.0 if self.grid.better == "higher" else -1.0
-        validations = {
-            name: [curve(place, self.grid.metric) for place in self.places if place.run.arm == name]
-            for name in (arm, self.grid.control)
-        }
-        ends = [points[-1][1] for points in validations[self.grid.control] if points]
-        shares = [_crossing(points, float(np.mean(ends)), sign) for points in validations[arm] if points and ends]
-        return float(np.mean(shares)) / self.study.counted[arm].steps if shares else math.nan
-
-    def _over_images(self, arm: str, name: str) -> Interval | None:
-        """Newcombe's paired interval over the images, which all seeds share; None of folds, where they do not."""
-        if self.grid.folds or arm in (self.grid.reversed or {}):
-            return None
-        hits: dict[str, list[np.ndarray]] = {arm: [], self.grid.control: []}
-        for place in self.places:
-            file = place.folder / f"hits-{place.run.steps}.npz"
-            if place.run.arm in hits and file.exists():
-                with np.load(file) as content:
-                    hits[place.run.arm] += [content[name]] if name in content else []
-        own, control = hits[arm], hits[self.grid.control]
-        count = min(len(own), len(control))
-        if not count or len({len(hit_N) for hit_N in (*own, *control)}) > 1:
-            return None
-        image_N = np.tile(np.arange(len(own[0])), count)
-        return parity_gap(np.concatenate(own[:count]), np.concatenate(control[:count]), cluster_N=image_N)
-
-
-def _crossing(points: list[tuple[int, float]], goal: float, sign: float) -> float:
-    """The step at which a curve reaches a goal, between two points in proportion; NaN where it never does."""
-    before = (0, math.nan)
-    for step, value in points:
-        if sign * value >= sign * goal:
-            share = (goal - before[1]) / (value - before[1]) if value != before[1] else 1.0
-            return before[0] + (step - before[0]) * (share if math.isfinite(share) else 1.0)
-        before = (step, value)
-    return math.nan
 
 
 def write_study(study: Study, prepared: Prepared, failed: list[str]) -> Path:
@@ -156,6 +35,7 @@ def write_study(study: Study, prepared: Prepared, failed: list[str]) -> Path:
     grid, costs = study.grid, Costs(study.root)
     main = [name for name in grid.main if name in results.names] or results.names[:4]
     tables = {equal: {name: results.compared(name, equal) for name in results.names} for equal in ("FLOPs", "steps")}
+    spent = _spent(costs)
     values = {
         "title": grid.title,
         "grid": grid,
@@ -166,52 +46,87 @@ def write_study(study: Study, prepared: Prepared, failed: list[str]) -> Path:
         "curves": {arm: curves(results, arm) for arm in grid.arms},
         "costs": _costs(study, results, costs),
         "rates": {arm: study.rates(arm) for arm in grid.arms},
-        "spent": costs.total(),
+        "spent": spent,
         "commands": _commands(study),
         "diverged": {
             f"{p.run.arm}, {p.run.name}": p.state()["diverged"] for p in _places(study) if "diverged" in p.state()
         },
         "references": _references(study, prepared),
+        "prepared": prepared.items,
+        "skipped": _skipped(study),
         "failed": failed,
         "left": study.left(),
-        "machine": f"{os.cpu_count()} cores of {platform.machine()}, torch {torch.__version__}",
-        "date": time.strftime("%Y-%m-%d"),
+        "machine": _machine(),
+        "dates": _dates(costs),
         "NO_DIFFERENCE": NO_DIFFERENCE,
         "signed": signed,
         "ends": ends,
+        "seeds_missing": lambda arm, of: _seeds_missing(results, arm, of),
+        "shown_p": lambda p: "–" if not math.isfinite(p) else f"{p:.3f}" if p >= 0.0005 else "<0.001",
         "mean_of": lambda numbers: f"{np.mean([*numbers]):.3f}" if numbers else "–",
-        "shown_arm": lambda arm: f"{grid.reversed[arm]} (in the control)" if arm in (grid.reversed or {}) else arm,
+        "shown_arm": grid.shown_arm,
+        "scored_at": lambda arm, equal: _scored_at(study, arm, equal),
     }
-    json_lines.write_whole(study.root / "study.md", markdown(results, main, tables).encode())
+    end = f"{sum(spent.values()) / 3600:.1f} CPU-hours, {values['dates']}. {values['machine']}."
+    json_lines.write_whole(study.root / "study.md", markdown(results, main, tables, end).encode())
     return write_page(study.root / "study.html", "study.html", **values)
 
 
-def markdown(results: Results, main: list[str], tables: dict[str, Any]) -> str:
-    """A table of the main scores: means over seeds, and beside the control the difference with its own interval."""
-    grid = results.grid
-    lines = [f"| arm | steps | {' | '.join(main)} |", "|---" * (2 + len(main)) + "|"]
-    for arm in grid.arms:
-        cells = []
-        for name in main:
-            own = [*results.values(arm, name).values()]
-            cell = f"{np.mean(own):.3f}" if own else "–"
-            if own and arm != grid.control:
-                of = tables["FLOPs"][name][arm]
-                cell += f" ({signed(of.own.value)}, {ends(of.own)}; {of.own_verdict}; pooled {of.pooled_verdict})"
-            cells.append(cell)
-        lines.append(f"| {arm} | {results.study.counted[arm].steps} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+def _scored_at(study: Study, arm: str, equal: str) -> str:
+    """After which steps an arm is scored, and the control where that is another number."""
+    steps = study.counted[arm].steps, study.counted[study.grid.control].steps
+    if equal == "FLOPs":
+        return f"{steps[0]} steps"
+    if arm in study.grid.not_at_equal_steps:
+        return "at equal FLOPs only"
+    own, control = common_step(*steps)
+    return f"both {own} steps" if own == control else f"{own} and {control} steps"
 
 
-def signed(value: float) -> str:
-    return "–" if not math.isfinite(value) else f"{value:+.3f}"
+def _skipped(study: Study) -> dict[str, int]:
+    """Run -> steps that changed no weight, where there were any."""
+    found = {}
+    for place in _places(study):
+        file = place.folder / "metrics.json"
+        if place.state().get("done") and (count := json.loads(file.read_text()).get("nonfinite_steps", 0)):
+            found[f"{place.run.arm}, {place.run.name}"] = count
+    return found
 
 
-def ends(difference: Difference | Interval | None) -> str:
-    """Of an interval."""
-    if difference is None or not math.isfinite(difference.low + difference.high):
-        return "–"
-    return f"{difference.low:+.3f} to {difference.high:+.3f}"
+def _seeds_missing(results: Results, arm: str, difference: Difference) -> str:
+    """Said beside a difference that is not of all seeds of its arm."""
+    planned = len(results.grid.arm_seeds(arm))
+    return f"{difference.num} of {planned} seeds" if difference.num < planned else ""
+
+
+def _machine() -> str:
+    """Of this process: what the numbers depend on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    processor = next(iter(names), "") or platform.machine()
+    libraries = ("torch", "lightning", "timm", "transformers", "indiclip")
+    versions = [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in libraries)]
+    return f"{os.cpu_count()} cores of {processor}, one thread per run; {', '.join(versions)}"
+
+
+def _dates(costs: Costs) -> str:
+    """On which days something ran."""
+    days = sorted({row["date"].partition(" ")[0] for row in costs.rows if "date" in row})
+    return f"{days[0]} to {days[-1]}" if len(days) > 1 else next(iter(days), time.strftime("%Y-%m-%d"))
+
+
+def _spent(costs: Costs) -> dict[str, float]:
+    """What it was for -> CPU-seconds so far."""
+    words = {"rate": "choice of learning rates", "seed": "runs", "timing": "timing", "untrained": "untrained weights"}
+    found: dict[str, float] = {}
+    for row in costs.rows:
+        kind = words.get(row["run"].partition("-")[0], "runs") if row["kind"] == "train" else f"{row['kind']}"
+        name = {"score": "scores", "prepare": "what was prepared"}.get(kind, kind)
+        found[name] = found.get(name, 0.0) + row["cpu_seconds"]
+    return found
 
 
 def _references(study: Study, prepared: Prepared) -> dict[str, Scores]:
@@ -242,9 +157,20 @@ def _costs(study: Study, results: Results, costs: Costs) -> list[dict[str, Any]]
                 "seconds": sum(runs),
                 "lr": study.rate(arm),
                 "reached": results.reached(arm),
+                "within_warmup": _within_warmup(study, arm),
             }
         )
     return rows
+
+
+def _within_warmup(study: Study, arm: str) -> str:
+    """Said of an arm whose rates were tried in runs that ended before their warm-up did; else nothing."""
+    run = next((run for run in study.runs["rates"] if run.arm == arm), None)
+    config = study.place(run).folder / "config.yaml" if run else None
+    if run is None or config is None or not config.exists():
+        return ""
+    warmup = yaml.safe_load(config.read_text())["model"]["warmup_steps"]
+    return f"tried in {run.steps} steps, all in a warm-up of {warmup}" if run.steps <= warmup else ""
 
 
 def _commands(study: Study) -> dict[str, str]:

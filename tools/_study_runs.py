@@ -77,7 +77,7 @@ class Place:
 
     def words(self, grid: Grid) -> list[str]:
         """The command of the run, as anyone can type it."""
-        return ["fit", *grid.words(self.run.arm, self.root / "prepared"), *self.run.flags(grid.points)]
+        return ["fit", *grid.words(self.run.arm, self.root / "prepared"), *self.run.flags()]
 
     def state(self) -> dict[str, Any]:
         """`digest`, and `done` or `diverged`; nothing where it has not begun."""
@@ -114,12 +114,14 @@ class Place:
         if status == 0:
             json_lines.write_whole(self.file("json"), json.dumps(self.state() | {"done": True}).encode())
             return ""
-        log = self.file("log").read_text(errors="replace").strip().splitlines()
+        file = self.file("log")
+        log = file.read_text(errors="replace").strip().splitlines() if file.exists() else []
         last = next((line for line in reversed(log) if line.startswith(("indiclip:", "error"))), log[-1] if log else "")
         if _DIVERGED in last:  # a result
             json_lines.write_whole(self.file("json"), json.dumps(self.state() | {"diverged": last}).encode())
             return ""
-        return f"{self.folder}: ended with {status}: {last[:300]}"
+        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with {status}"
+        return f"{self.folder}: {how}: {last[:300] or 'it printed nothing'}"
 
 
 def train(place: Place, grid: Grid) -> None:
@@ -227,18 +229,26 @@ def planned_runs(grid: Grid, counted: dict[str, Counted]) -> dict[str, list[Run]
     The weights of a run are kept at its last step, and at the last step of a shorter run with which it is compared.
     """
     longest = {arm: of.steps for arm, of in counted.items()}
-    untrained = Run(grid.control, UNTRAINED, grid.seeds[0], 1e-12, 1, (1,))
+    first, points = grid.seeds[0], grid.points
+    untrained = Run(grid.control, UNTRAINED, first, 1e-12, 1, points, (1,))
     runs: dict[str, list[Run]] = {"timing": [], "reference": [untrained], "rates": [], "seeds": []}
     for arm, steps in longest.items():
         rate = grid.learning_rates[0] if grid.learning_rates else None
-        runs["timing"].append(Run(arm, TIMING, grid.screening_seed, rate, TIMED_STEPS))
-        short = max(1, round(grid.share * steps))
+        # No warm-up: a schedule may need the steps for itself.
+        runs["timing"].append(Run(arm, TIMING, grid.screening_seed, rate, TIMED_STEPS, points, warmup_steps=0))
         if len(grid.learning_rates) > 1:
-            rates = [Run(arm, f"rate-{lr:g}", grid.screening_seed, lr, short) for lr in grid.learning_rates]
-            runs["rates"] += rates
+            runs["rates"] += [_trial(grid, arm, lr, steps) for lr in grid.learning_rates]
         marks = marks_of(grid, longest, arm)
-        runs["seeds"] += [Run(arm, f"seed-{seed}", seed, rate, steps, marks) for seed in grid.seeds]
+        runs["seeds"] += [Run(arm, f"seed-{of}", of, rate, steps, points, marks) for of in grid.arm_seeds(arm)]
     return runs
+
+
+def _trial(grid: Grid, arm: str, lr: float, steps: int) -> Run:
+    """The short run in which a rate is tried, of an arm that has so many steps."""
+    short = max(1, round(grid.share * steps))
+    warmup = grid.screening_warmup and max(1, round(grid.screening_warmup * short))
+    name = f"rate-{lr:g}"
+    return Run(arm, name, grid.screening_seed, lr, short, grid.screening_points, warmup_steps=warmup)
 
 
 def common_step(one: int, other: int) -> tuple[int, int]:

@@ -8,9 +8,15 @@ Two intervals of the mean difference, both of 95%:
   of each number after its arm's and its seed's mean is taken away has the same spread in all arms. With A arms and S
   seeds it has (A - 1)(S - 1) degrees of freedom. It assumes that no arm varies more than the others.
 
+Where seeds are folds, two runs learn from many of the same samples, and their differences are not independent. Then the
+variance of a mean of S is not 1/S but 1/S + 1/(F - 1) of that of a difference, where F is the number of folds and
+1/(F - 1) the share of what is tested to what is trained on (Nadeau and Bengio, Inference for the Generalization Error,
+Machine Learning 52, 2003).
+
 A p-value is corrected for the number of arms that are compared with the control by the same score (Holm, Scandinavian
-Journal of Statistics 6, 1979). Verdicts: `better` and `worse` where the corrected p-value is below 0.05; `perhaps`
-where only the interval leaves out 0; else `no difference seen`, which is no proof that there is none.
+Journal of Statistics 6, 1979); those of `seeds_of` count among themselves. Verdicts: `better` and `worse` where the
+corrected p-value is below 0.05; `perhaps` where only the interval leaves out 0; else `no difference seen`, which is no
+proof that there is none. `not judged`: there is no interval, as with one seed.
 """
 
 from __future__ import annotations
@@ -23,7 +29,7 @@ import numpy as np
 from scipy import stats
 
 LEVEL = 0.05
-NO_DIFFERENCE = "no difference seen"
+NO_DIFFERENCE, NOT_JUDGED = "no difference seen", "not judged"
 Values = Mapping[int, float]  # seed -> score
 
 
@@ -47,28 +53,36 @@ class Difference:
 
     def verdict(self, corrected_p: float, better: str) -> str:
         """What it says of the arm, see the module."""
-        if not math.isfinite(self.p) or self.low <= 0 <= self.high:
+        if not math.isfinite(self.p):
+            return NOT_JUDGED
+        if self.low <= 0 <= self.high:
             return NO_DIFFERENCE
         word = "better" if (self.value > 0) == (better == "higher") else "worse"
         return word if corrected_p < LEVEL else f"perhaps {word}"
 
 
-def paired(arm: Values, control: Values) -> Difference:
-    """By Student's t over the seeds that both have."""
+def paired(arm: Values, control: Values, folds: int = 0) -> Difference:
+    """By Student's t over the seeds that both have; `folds` where a seed is one of so many folds."""
     seeds = sorted(arm.keys() & control.keys())
     if not seeds:
         return Difference(math.nan)
     differences = np.array([arm[seed] - control[seed] for seed in seeds])
-    spread = float(differences.std(ddof=1)) / math.sqrt(len(seeds)) if len(seeds) > 1 else math.nan
+    spread = float(differences.std(ddof=1)) * _of_mean(len(seeds), folds) if len(seeds) > 1 else math.nan
     return _interval(float(differences.mean()), spread, len(seeds) - 1, len(seeds))
 
 
-def pooled(arms: Mapping[str, Values], differences: Mapping[str, Difference]) -> dict[str, Difference]:
+def _of_mean(num: int, folds: int) -> float:
+    """The standard error of a mean of so many, as a share of the standard deviation of one."""
+    return math.sqrt(1 / num + (1 / (folds - 1) if folds > 1 else 0.0))
+
+
+def pooled(arms: Mapping[str, Values], differences: Mapping[str, Difference], folds: int = 0) -> dict[str, Difference]:
     """The differences with the spread that all arms have together.
 
     Args:
         arms: All of them, the control too; the spread is of the seeds that all have.
         differences: Arm -> its own.
+        folds: Where a seed is one of so many folds.
     """
     seeds = sorted(set.intersection(*({*values} for values in arms.values())))
     y_AS = np.array([[values[seed] for seed in seeds] for values in arms.values()])
@@ -78,7 +92,9 @@ def pooled(arms: Mapping[str, Values], differences: Mapping[str, Difference]) ->
     left_AS = y_AS - y_AS.mean(1, keepdims=True) - y_AS.mean(0) + y_AS.mean()
     variance = float(np.square(left_AS).sum()) / freedom
     return {
-        arm: _interval(own.value, math.sqrt(2 * variance / own.num) if own.num else math.nan, freedom, own.num)
+        arm: _interval(
+            own.value, math.sqrt(2 * variance) * _of_mean(own.num, folds) if own.num else math.nan, freedom, own.num
+        )
         for arm, own in differences.items()
     }
 
@@ -86,8 +102,10 @@ def pooled(arms: Mapping[str, Values], differences: Mapping[str, Difference]) ->
 def _interval(value: float, spread: float, freedom: int, num: int) -> Difference:
     if freedom < 1 or not math.isfinite(value + spread):
         return Difference(value, num=num)
-    if spread == 0:  # equal in every seed, or apart by the same number: nothing to judge it by
-        return Difference(value, value, value, 1.0 if value == 0 else 0.0, num)
+    if spread <= 1e-9 < abs(value):  # of scores in coarse steps: apart by one number in every seed is no certainty
+        return Difference(value, num=num)
+    if spread == 0:
+        return Difference(value, value, value, 1.0, num)
     half = float(stats.t.ppf(1 - LEVEL / 2, freedom)) * spread
     p = float(2 * stats.t.sf(abs(value) / spread, freedom))
     return Difference(value, value - half, value + half, p, num)

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import lightning as L
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 OVERLAY = """
@@ -72,13 +73,15 @@ def main() -> None:
     """Print the curves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=4800)
-    parser.add_argument("--every", type=int, default=400, help="steps between validations")
+    parser.add_argument("--steps", type=int, help="of a run (default: the config's)")
+    parser.add_argument("--every", type=int, help="steps between validations (default: a quarter of them)")
     parser.add_argument("--config", type=Path, default=ROOT / "conf" / "cifar10.yaml")
     arguments, extra = parser.parse_known_args()
+    steps = arguments.steps or yaml.safe_load(arguments.config.read_text())["trainer"]["max_steps"]
+    every = arguments.every or max(1, steps // 4)
     for seed in arguments.seeds:
         print(f"seed {seed}   CPU-seconds: zero-shot accuracy", flush=True)
-        for row in train(seed, arguments.steps, arguments.every, arguments.config, extra):
+        for row in train(seed, steps, every, arguments.config, extra):
             print(f"  {row['cpu_seconds']:7.1f}  {row['zero_shot']:.2%}  (step {row['step']})", flush=True)
 
 

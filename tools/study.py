@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -36,6 +37,7 @@ from _study_scores import check_scores, score, scored
 from _study_slice import FORK, Slice, Task
 
 from indiclip import json_lines
+from indiclip.names import did_you_mean
 from indiclip.quiet import quiet_torchao
 
 _FLOPS = 4e10  # of a core in a second, where nothing was timed yet
@@ -66,14 +68,28 @@ class Study:
         if len(values) < len(rates):
             return None
         sign = 1 if self.grid.better == "higher" else -1
-        return max(values, key=lambda rate: sign * values[rate])
+        return max(values, key=lambda rate: sign * values[rate] if math.isfinite(values[rate]) else -math.inf)
 
     def rates(self, arm: str) -> dict[float, float]:
-        """Learning rate -> what validation gave, of those that were tried; of one that diverged the worst there is."""
-        worst = float("-inf") if self.grid.better == "higher" else float("inf")
+        """Learning rate -> what validation gave, of those that were tried; NaN of one that diverged.
+
+        Raises:
+            ValueError: Validation has no such metric.
+        """
         places = [self.place(run) for run in self.runs["rates"] if run.arm == arm]
         done = [place for place in places if place.is_done(self.grid)]
-        return {place.run.lr or 0.0: metrics(place).get(self.grid.metric, worst) for place in done}
+        return {place.run.lr or 0.0: self._validated(place) for place in done}
+
+    def _validated(self, place: Place) -> float:
+        found, metric = metrics(place), self.grid.metric
+        if found and metric not in found:
+            names = [name for name in found if name.startswith("val/")]
+            raise ValueError(
+                f"{self.grid.file}: select.metric: found {metric!r}{did_you_mean(metric, names)}; "
+                f"expected one of {', '.join(names)}"
+            )
+        value = found.get(metric)
+        return math.nan if value is None else float(value)
 
     def seeds(self) -> list[Run]:
         """The full runs whose learning rate is known; the first seed of all arms, then the next."""
@@ -154,6 +170,15 @@ def count(grid: Grid, root: Path) -> dict[str, Counted]:
     return {arm: others.get(arm, control) for arm in grid.arms}
 
 
+def without_prepared(grid: Grid) -> Grid:
+    """For a plan before all is prepared: the grid of those arms that need nothing of it; of none without control."""
+    needing = [arm for arm, words in grid.arms.items() if any("{folder}" in word for word in (*grid.base, *words))]
+    needing = [*grid.arms] if grid.control in needing else needing
+    if needing:
+        print(f"counted and timed once that is prepared: {', '.join(needing)}", flush=True)
+    return replace(grid, arms={arm: words for arm, words in grid.arms.items() if arm not in needing})
+
+
 def show_plan(study: Study) -> None:
     """Print runs, FLOPs and CPU-hours."""
     grid, costs = study.grid, Costs(study.root)
@@ -198,9 +223,13 @@ def main(words: list[str] | None = None) -> int:
             print(f"to prepare: {', '.join(prepared.items)}, about {seconds / 3600:.2f} CPU-hours", flush=True)
         if not given.dry_run:
             part.work(prepared.todo)
-        if not given.dry_run and [*prepared.todo()]:
-            print("what is prepared is not done; the same command goes on")
-            return part.status(left=1)
+        if [*prepared.todo()]:
+            if not given.dry_run:
+                print("what is prepared is not done; the same command goes on")
+                return part.status(left=1)
+            grid = without_prepared(grid)
+        if not grid.arms:
+            return part.status(left=0)
         study = Study(grid, root)
         part.work(lambda: (task for task in study.todo() if task.key[1] == "timing"))
         show_plan(study)
@@ -211,6 +240,9 @@ def main(words: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"study: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # such as of a full disk
+        print(f"study: {error}; the same command goes on", file=sys.stderr)
+        return 1
     runs, seconds = study.left()
     if runs:
         print(f"{runs} runs are left, about {seconds / 3600:.2f} CPU-hours; the same command goes on")

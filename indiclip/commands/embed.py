@@ -19,12 +19,12 @@ from indiclip import __version__
 from indiclip.commands import embed_views
 from indiclip.commands.embed_batches import Batch, Batches, embed
 from indiclip.commands.embed_files import EmbeddingFolder, Part
-from indiclip.commands.embed_ranks import all_or_none, launch, local_device, ranks
+from indiclip.commands.embed_ranks import all_or_none, launch, ranks
 from indiclip.commands.embed_sources import Sources, open_sources
 from indiclip.commands.findings import json_line
 from indiclip.commands.parallel import progress_bar
 from indiclip.datasets.base import fingerprint
-from indiclip.distributed import gathered, rank_and_world
+from indiclip.distributed import gathered, local_device, rank_and_world
 from indiclip.evals.models import embedder
 from indiclip.evals.models.digests import crc32_of_prepared, crc32_of_token_ids, crc32_of_weights
 from indiclip.evals.models.embedder import Embedder, View

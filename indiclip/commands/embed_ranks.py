@@ -70,15 +70,6 @@ def all_or_none(work: Callable[[], Result]) -> Result:
     raise SystemExit(1)
 
 
-def local_device(device: str) -> str:
-    """`auto` and `cuda` as the device of this process."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
-        return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
-    return device
-
-
 def launch(run: Callable[..., int], options: dict[str, Any], num_processes: int) -> int:
     """Do `run(**options)` in several processes, as torchrun would. Returns the first status that is not 0."""
     with socket.socket() as free:

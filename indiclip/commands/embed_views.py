@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from indiclip.commands.embed_ranks import all_or_none, local_device
+from indiclip.commands.embed_ranks import all_or_none
 from indiclip.commands.findings import json_line
 from indiclip.commands.parallel import progress_bar
-from indiclip.distributed import gathered, rank_and_world
+from indiclip.distributed import gathered, local_device, rank_and_world
 from indiclip.evals.models.view_batches import load_teachers
 from indiclip.evals.models.view_embedder import ViewEmbedder
 from indiclip.loading.source import Source, keyed

@@ -10,7 +10,7 @@ from indiclip.datasets.subset import Subset
 from indiclip.types import Sample
 
 
-class Prompted(Subset):
+class ClassPrompts(Subset):
     """A dataset whose images with a class have prompts of its name as captions, so that they train beside pairs.
 
     An image's prompts take turns from epoch to epoch, as all captions do, see `indiclip.datasets.languages`. In the

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from indiclip.backbone import Backbone, CanvasBackbone, NaFlexViT
+from indiclip.backbone import Backbone, NaFlexViT
+from indiclip.canvas_backbone import CanvasBackbone
 from indiclip.encoder import Encoder
 from indiclip.types import Features
 

@@ -32,7 +32,8 @@ class MultiTaskData(L.LightningDataModule):
         quarantine: Share of a task's training samples that may be unreadable before the run stops; ten always may.
         steps_per_epoch: Steps between validations; None goes once through the source that takes longest.
         overrides: Changes to the training sources of a task, by which one config is stacked on another, e.g.
-            `[{task: contrastive, drop: 0.5}]`; a further config appends its own to `overrides+`.
+            `[{task: contrastive, drop: 0.5}]`; a further config appends its own to `overrides+`. Two that want an
+            option of a task differently are refused.
         patch_size: Linked to the backbone's by the command.
         canvas_hw: Linked to the backbone's by the command.
         interpolation: Linked to the backbone's by the command.

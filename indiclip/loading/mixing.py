@@ -30,7 +30,8 @@ class Mix:
         mixup: Images are blended, one's share drawn from Beta(mixup, mixup) (Zhang et al., ICLR 2018,
             arXiv:1710.09412); 0 is never.
         cutmix: A rectangle of whole patches comes from the other image, its area drawn from Beta(cutmix, cutmix) (Yun
-            et al., ICCV 2019, arXiv:1905.04899); 0 is never. With both, each has half of the pairs.
+            et al., ICCV 2019, arXiv:1905.04899); 0 is never. With both, one is drawn for each pair, with equal
+            chances (as of timm's `Mixup` in its mode `pair`).
         prob: Share of the pairs that are mixed.
     """
 
@@ -41,6 +42,13 @@ class Mix:
     def __post_init__(self) -> None:
         check_range({"data: mix.mixup": self.mixup, "data: mix.cutmix": self.cutmix})
         check_range({"data: mix.prob": self.prob}, 0, 1)
+
+    def beside(self, other: "Mix") -> "Mix | None":
+        """What has the kinds of both; None where they want the same kind, or `prob`, differently."""
+        pairs = ((self.mixup, other.mixup), (self.cutmix, other.cutmix))
+        if self.prob != other.prob or any(own and others and own != others for own, others in pairs):
+            return None
+        return Mix(self.mixup or other.mixup, self.cutmix or other.cutmix, self.prob)
 
     def __bool__(self) -> bool:
         return self.prob > 0 and (self.mixup > 0 or self.cutmix > 0)

@@ -1,7 +1,8 @@
-"""What a config that is stacked on an experiment changes in the training sources of a task."""
+"""What configs that are stacked on an experiment change in the training sources of a task."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from torch import nn
 
@@ -10,7 +11,7 @@ from indiclip.loading.source import Source
 from indiclip.loading.stages import Stage
 from indiclip.loading.teacher_cache import TeacherCache
 from indiclip.loading.views import View
-from indiclip.names import did_you_mean
+from indiclip.names import did_you_mean, shorten
 
 _ADDED = ("augment", "views")  # behind the source's own; all else takes the place of it
 
@@ -19,13 +20,15 @@ _ADDED = ("augment", "views")  # behind the source's own; all else takes the pla
 class SourceOverride:
     """Options of `Source` in place of those that the training sources of a task have. What is None stays.
 
+    Of several overrides of a task all count, whatever their order: none takes the place of what another one says.
+
     Args:
         task: Whose sources.
         augment: As of `Source`, behind the source's own.
         views: As of `Source`, beside the source's own.
         teachers: As of `Source`.
         samples: As of `Source`.
-        mix: As of `Source`.
+        mix: As of `Source`. Mixup of one override and CutMix of another are both.
         batch_size: As of `Source`.
         every: As of `Source`.
         max_tokens: As of `Source`.
@@ -45,29 +48,57 @@ class SourceOverride:
     drop: float | None = None
     stages: list[Stage] | None = None
 
-    def of(self, source: Source) -> Source:
-        """The source with these options."""
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options that it has."""
         options = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "task"}
-        given = {name: value for name, value in options.items() if value is not None}
-        added = {name: [*(getattr(source, name) or []), *given[name]] for name in _ADDED if name in given}
-        if self.samples is not None:  # of all, though the source itself may have fewer
-            given["dataset"] = source.whole_dataset
-        return replace(source, **(given | added))
+        return {name: value for name, value in options.items() if value is not None}
 
 
 def overridden(sources: Sequence[Source], overrides: Sequence[SourceOverride]) -> list[Source]:
-    """The sources after one override has followed the other.
+    """The sources with what the overrides say of their tasks.
 
     Raises:
-        ValueError: An override of a task that has no source.
+        ValueError: An override of a task that has no source, or two of a task that want one option differently.
     """
-    found = list(sources)
-    tasks = {source.task for source in found}
+    tasks = {source.task for source in sources}
+    of_task: dict[str, dict[str, SourceOverride]] = {task: {} for task in tasks}
     for number, override in enumerate(overrides):
+        key = f"data.overrides[{number}]"
         if override.task not in tasks:
             raise ValueError(
-                f"data.overrides[{number}].task: no source of data.train is for {override.task!r}"
-                f"{did_you_mean(override.task, tasks)}"
+                f"{key}.task: no source of data.train is for {override.task!r}{did_you_mean(override.task, tasks)}"
             )
-        found = [override.of(source) if source.task == override.task else source for source in found]
+        of_task[override.task][key] = override
+    options = {task: _together(of_task[task]) for task in of_task}
+    return [_changed(source, options[source.task]) if options[source.task] else source for source in sources]
+
+
+def _together(overrides: Mapping[str, SourceOverride]) -> dict[str, Any]:
+    """The options of all overrides of a task, which are given by their keys in the YAML."""
+    found: dict[str, Any] = {}
+    first: dict[str, str] = {}  # option -> which override had it first
+    for key, override in overrides.items():
+        for name, value in override.given.items():
+            if name in _ADDED:
+                value = [*found.get(name, []), *value]
+            elif name == "mix" and name in found and (both := found[name].beside(value)):
+                value = both
+            elif name in found and value != found[name]:
+                raise ValueError(
+                    f"{key}.{name}: found {shorten(value)}, and {first[name]}.{name} of the same task "
+                    f"{override.task!r} is {shorten(found[name])}; expected one of them (two --config files?)"
+                )
+            found[name] = value
+            first.setdefault(name, key)
     return found
+
+
+def _changed(source: Source, options: Mapping[str, Any]) -> Source:
+    """The source with these options in place of its own, or behind them."""
+    changes = {**options}
+    for name in options.keys() & {*_ADDED}:
+        changes[name] = [*(getattr(source, name) or []), *options[name]]
+    if "samples" in options:  # of all, though the source itself may have fewer
+        changes["dataset"] = source.whole_dataset
+    return replace(source, **changes)

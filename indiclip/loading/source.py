@@ -20,7 +20,6 @@ from indiclip.loading.transforms import Transform
 from indiclip.loading.views import View, check_views
 from indiclip.names import check_range
 from indiclip.preprocessing import Preprocessing, count_tokens
-from indiclip.steps import start_step
 from indiclip.types import Sample
 
 
@@ -97,13 +96,26 @@ class Source:
     every: int = 1
 
     def __post_init__(self) -> None:
+        self._check_options()
+        self._check_combinations()
+        self.whole_dataset = self.dataset
+        if self.samples is not None and self.samples < len(self.dataset):
+            self.dataset = Subset(self.dataset, np.arange(self.samples))
+        self.required_fields: tuple[str, ...] = ()  # of its task's heads: a sample without one counts as unreadable
+        self.keeps_objects = True  # False where none of them reads boxes and the like in training
+        self.transform = Transform(self.max_tokens, self.augment, at_full_size=self.teachers is not None)
+        self._cached: CachedViews | None = None
+        self._draws: dict[int, ClusterDraws] = {}  # by seed; of 100 million samples they take ten seconds
+
+    def _check_options(self) -> None:
+        """Raise ValueError for one that is wrong by itself."""
         if not isinstance(self.dataset, SampleDataset):
             raise ValueError(
                 f"data: dataset of task {self.task!r}: found {type(self.dataset).__name__}; expected a SampleDataset "
                 "(indiclip.datasets.base)"
             )
         names = ("batch_size", "batch_tokens", "batch_multiple", "window", "max_tokens", "shard_groups", "every")
-        check_range({f"data: {name} of task {self.task!r}": getattr(self, name) for name in names}, 1)
+        check_range({f"data: {name} of task {self.task!r}": getattr(self, name) for name in (*names, "samples")}, 1)
         if (self.batch_size is None) == (self.batch_tokens is None):
             both = "; found both" if self.batch_size is not None else ""
             raise ValueError(f"data: task {self.task!r} needs one of batch_size and batch_tokens{both}")
@@ -111,41 +123,39 @@ class Source:
             raise ValueError(f"data: name of task {self.task!r} is {self.name!r}; expected letters, digits, _, . and -")
         check_range({f"data: task {self.task!r}: drop": self.drop}, 0, 1, without=1)
         check_stages(self.stages, f"data: task {self.task!r}: stages")
+        check_views(self.views, f"data: task {self.task!r}: views")
+        if self.clusters is not None:
+            self.clusters.check(f"data: task {self.task!r}: clusters")
+
+    def _check_combinations(self) -> None:
+        """Raise ValueError for options that do not go together."""
         own_batches = [i for i, stage in enumerate(self.stages) if stage.batch_size is not None]
         if own_batches and self.batch_tokens:
             raise ValueError(
                 f"data: task {self.task!r}: stages[{own_batches[0]}].batch_size: found one beside batch_tokens, with "
                 "which a stage's batch is as large as the budget holds; expected batch_size in place of batch_tokens"
             )
-        check_views(self.views, f"data: task {self.task!r}: views")
-        if self.mix and self.shard_groups > 1:
+        if self.clusters is not None and self.group_by_length:
+            raise ValueError(
+                f"data: task {self.task!r}: clusters: they draw other samples in each epoch; leave out either them or "
+                "group_by_length"
+            )
+        if self.shard_groups == 1:
+            return
+        if self.mix:
             raise ValueError(
                 f"data: task {self.task!r}: shard_groups is {self.shard_groups}, and ranks take blocks of a batch; mix "
                 "needs batches that are dealt to the ranks in turn, with shard_groups 1"
             )
-        if self.clusters is not None:
-            self.clusters.check(f"data: task {self.task!r}: clusters")
-            if self.group_by_length:
-                raise ValueError(
-                    f"data: task {self.task!r}: clusters: they draw other samples in each epoch; leave out either them "
-                    "or group_by_length"
-                )
-        if self.shard_groups > 1 and (self.clusters is not None or own_batches or (self.stages and self.batch_tokens)):
-            batches = "stages with batch_tokens" if self.batch_tokens else "stages with a batch_size"
-            other = "clusters" if self.clusters is not None else batches
+        apart = {
+            "clusters": self.clusters is not None,
+            "stages with batch_tokens": self.stages and self.batch_tokens,
+            "stages with a batch_size": own_batches,
+        }
+        if others := [name for name, found in apart.items() if found]:
             raise ValueError(
-                f"data: task {self.task!r}: shard_groups is {self.shard_groups}; leave out either it or {other}"
+                f"data: task {self.task!r}: shard_groups is {self.shard_groups}; leave out either it or {others[0]}"
             )
-        self.whole_dataset = self.dataset
-        if self.samples is not None:
-            check_range({f"data: samples of task {self.task!r}": self.samples}, 1)
-            if self.samples < len(self.dataset):
-                self.dataset = Subset(self.dataset, np.arange(self.samples))
-        self.required_fields: tuple[str, ...] = ()  # of its task's heads: a sample without one counts as unreadable
-        self.keeps_objects = True  # False where none of them reads boxes and the like in training
-        self.transform = Transform(self.max_tokens, self.augment, at_full_size=self.teachers is not None)
-        self._cached: CachedViews | None = None
-        self._draws: dict[int, ClusterDraws] = {}  # by seed; of 100 million samples they take ten seconds
 
     def open_teachers(self, key: str) -> CachedViews:
         """The cache of its teachers, which is opened and checked once.
@@ -189,10 +199,17 @@ class Source:
         """When the run does something else with its images, as shares of its steps (below 1) or steps."""
         return [*(stage.until for stage in self.stages), *(view.start for view in self.views if view.start)]
 
-    def change_steps(self, run_steps: int) -> list[int]:
-        """As `changes`, as numbers of steps of a run."""
-        ends = stage_ends(self.stages, run_steps)
-        return [*ends, *(start_step(view.start, run_steps) for view in self.views if view.start)]
+    def stage_ends(self, run_steps: int | None) -> list[int]:
+        """The first step behind each stage, see `indiclip.loading.stages.stage_ends`."""
+        return stage_ends(self.stages, run_steps, f"data: task {self.task!r}: stages")
+
+    def change_steps(self, run_steps: int | None) -> list[int]:
+        """As `changes`, as numbers of steps of a run.
+
+        Raises:
+            ValueError: One is beyond the run, or a share of one without an end.
+        """
+        return [*self.stage_ends(run_steps), *(view.start_step(run_steps) for view in self.views if view.start)]
 
     @property
     def changes_by_share(self) -> bool:
@@ -249,11 +266,11 @@ class Source:
         return self._draws[seed]
 
 
-def settled(sources: Sequence[Source]) -> tuple[int | None, int]:
-    """`(run_steps, step)` of a run, and of a step of it in which all stages are over and all views have begun."""
+def settled(sources: Sequence[Source]) -> tuple[int, int]:
+    """`(run_steps, step)` of a run, and of its last step, in which all stages are over and all views have begun."""
     changes = [change for source in sources for change in source.changes]
-    # Shares of a run of one step end in it.
-    return 1 if changes else None, max((int(change) + 2 for change in changes), default=0)
+    step = max((int(change) + 2 for change in changes), default=0)
+    return step + 1, step
 
 
 def keyed(key: str, sources: list[Source]) -> dict[str, Source]:

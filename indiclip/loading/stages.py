@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from indiclip.names import check_range
-from indiclip.steps import first_step
+from indiclip.steps import check_ends, start_within
 
 
 class TokenBudget(NamedTuple):
@@ -48,37 +48,24 @@ class Stage:
 
 
 def check_stages(stages: Sequence[Stage], key: str) -> None:
-    """Raise ValueError for an `until` that is neither a share nor a step, that does not ascend, or for bad tokens."""
+    """Raise ValueError for a stage that ends nowhere or changes nothing, or for bad tokens."""
     for i, stage in enumerate(stages):
         own = f"{key}[{i}]"
         if stage.max_tokens is None and stage.drop is None and stage.batch_size is None:
             raise ValueError(f"{own}: changes nothing; expected max_tokens, drop or batch_size beside until")
         check_range({f"{own}.max_tokens": stage.max_tokens, f"{own}.batch_size": stage.batch_size}, 1)
         check_range({f"{own}.drop": stage.drop}, 0, 1, without=1)
-        if not (0 < stage.until < 1 or (stage.until >= 2 and stage.until == int(stage.until))):
-            raise ValueError(
-                f"{own}.until: found {stage.until:g}; expected a share of the run's steps between 0 and 1, or the "
-                "number of a step from 2 up"
-            )
-        before = stages[i - 1].until if i else 0
-        if (stage.until < 1) != (stages[0].until < 1):
-            raise ValueError(f"{own}.until: found {stage.until:g} after {before:g}; expected all shares, or all steps")
-        if stage.until <= before:
-            raise ValueError(f"{own}.until: found {stage.until:g} after {before:g}; expected more: stages ascend")
+    check_ends([stage.until for stage in stages], key)
 
 
-def stage_ends(stages: Sequence[Stage], run_steps: int | None) -> list[int]:
+def stage_ends(stages: Sequence[Stage], run_steps: int | None, key: str) -> list[int]:
     """The number of the first step behind each stage.
 
     Args:
-        run_steps: Of the whole run; None where that is not known.
+        run_steps: Of the whole run; None where it has no end.
+        key: Of the stages in the YAML.
 
     Raises:
-        ValueError: A stage is a share of a run whose length is not known.
+        ValueError: A stage that goes beyond the run, or is a share of one without an end.
     """
-    if run_steps is None and any(stage.until < 1 for stage in stages):
-        raise ValueError(
-            "data: stages whose `until` is a share of the run's steps need trainer.max_steps (or max_epochs); found "
-            "neither"
-        )
-    return [first_step(stage.until, run_steps) for stage in stages]
+    return [start_within(f"{key}[{i}].until", stage.until, run_steps) for i, stage in enumerate(stages)]

@@ -1,11 +1,11 @@
 """Step number -> this rank's samples of every task, read and prepared."""
 
-import math
 import threading
 import warnings
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable
+from itertools import chain
 
 from torch.utils.data import Dataset, get_worker_info
 
@@ -16,14 +16,15 @@ from indiclip.loading.collate import Prepared, collate
 from indiclip.loading.geometry import without_objects
 from indiclip.loading.mixing import mix_pairs
 from indiclip.loading.plan import Plan, SampleRef
-from indiclip.loading.sampler import BatchSpec, SourceInfo
+from indiclip.loading.sampler import BatchSpec
 from indiclip.loading.source import Source
-from indiclip.loading.stages import TokenBudget, stage_ends
+from indiclip.loading.source_groups import check_divides, check_shards, check_shared, origin_of, source_keys
+from indiclip.loading.stages import TokenBudget
 from indiclip.loading.views import make_views
 from indiclip.loading.workers import reading
 from indiclip.patches import drop_patches
 from indiclip.preprocessing import Preprocessing
-from indiclip.types import FIELDS, Batch, Origin, Quarantined, Sample, Step, Texts
+from indiclip.types import FIELDS, Batch, Quarantined, Sample, Step, Texts
 
 _REPLACEMENTS = 100  # tries for another sample in place of an unreadable one, before the source is called broken
 
@@ -59,7 +60,7 @@ class Steps(Dataset[Step]):
         self.sources: dict[str, list[Source]] = {}
         for key, source in zip(source_keys(sources, train), sources, strict=True):
             self.sources.setdefault(key, []).append(source)
-        self.origins = {key: _origin(key, group) for key, group in self.sources.items()}
+        self.origins = {key: origin_of(key, group) for key, group in self.sources.items()}
         self._stages = {key: self._plans_of(group) for key, group in self.sources.items()}
         self.plans = {key: plans[0] for key, plans in self._stages.items()}
         self._ends: dict[str, list[list[int]]] | None = None  # of the stages of each source
@@ -73,14 +74,16 @@ class Steps(Dataset[Step]):
         ]
 
     def begin(self, run_steps: int | None) -> None:
-        """Say how many steps the run has, and with that where its stages end.
+        """Say how many steps the run has, and with that where its stages end and its views begin.
 
         Raises:
-            ValueError: A stage is a share of the run, whose length is not known.
+            ValueError: One does so beyond the run, or is a share of one without an end.
         """
         self._run_steps = run_steps
+        for source in chain(*self.sources.values()) if self.train else ():
+            source.change_steps(run_steps)  # says what cannot be
         self._ends = {
-            key: [stage_ends(source.stages, run_steps) if self.train else [] for source in group]
+            key: [source.stage_ends(run_steps) if self.train else [] for source in group]
             for key, group in self.sources.items()
         }
         for key, plans in self._stages.items():
@@ -91,38 +94,20 @@ class Steps(Dataset[Step]):
     def _plans_of(self, group: list[Source]) -> list[Plan]:
         """One for each stage, or one for all whose batches stay the same."""
         specs = [source.specs if self.train else source.specs[-1:] for source in group]
-        if any(of_source != specs[0] for of_source in specs):
-            raise ValueError(
-                f"data: the sources of task {group[0].task!r} differ in batch_size, batch_tokens, batch_multiple, "
-                "max_tokens or stages; they share their batches"
-            )
-        mixes = [source.mix or None for source in group if self.train]
-        if any(mix != mixes[0] for mix in mixes):
-            raise ValueError(f"data: the sources of task {group[0].task!r} differ in mix; they share their batches")
-        if self.train and len({source.every for source in group}) > 1:
-            raise ValueError(f"data: the sources of task {group[0].task!r} differ in every; they share their batches")
+        if self.train:
+            check_shared(group)
         return [self._plan(group, number, spec) for number, (_, spec) in enumerate(specs[0])]
 
     def _plan(self, group: list[Source], stage: int, spec: BatchSpec) -> Plan:
         task = group[0].task
-        if self.train and spec.samples % self.world_size:
-            name = "batch_size" if spec.tokens is None else "batch_multiple"
-            raise ValueError(
-                f"data: {name} {spec.samples} of task {task!r} is over all ranks and must be a multiple of the "
-                f"{self.world_size} ranks, such as {math.ceil(spec.samples / self.world_size) * self.world_size}"
-            )
-        if self.train and group[0].mix and spec.samples % (2 * self.world_size):
-            name = "batch_size" if spec.tokens is None else "batch_multiple"
-            raise ValueError(
-                f"data: task {task!r} has mix, which takes images two by two: {name} {spec.samples} must be a multiple "
-                f"of twice the {self.world_size} ranks"
-            )
+        if self.train:
+            check_divides(group[0], spec, self.world_size)
         if canvas := self.preprocessing.canvas_tokens:  # the backbone's one size, whatever max_tokens says
             spec = spec._replace(max_tokens=canvas, option="canvas_hw")
         seed = self.seed if self.train else None
         infos = [source.info(self.preprocessing, self._budgets(source)[stage], seed) for source in group]
         if self.train:
-            _check_ranks(task, infos, self.world_size)
+            check_shards(task, infos, self.world_size)
         weights, window = [source.weight for source in group], max(source.window for source in group)
         return Plan(task, infos, weights, spec, self.seed, self.train, window)
 
@@ -266,44 +251,3 @@ def _fetch(dataset: SampleDataset, shards: list[int]) -> None:
         dataset.prefetch(shards)
     except (OSError, ValueError) as error:  # who reads the shard meets it again; until then there is time to mend it
         warnings.warn(f"data: {error}", stacklevel=1)
-
-
-def _check_ranks(task: str, infos: list[SourceInfo], world_size: int) -> None:
-    """Check that ranks that are to read shards of their own have at least one each.
-
-    Raises:
-        ValueError: There are more ranks than shards.
-    """
-    for number, info in enumerate(infos):
-        if info.groups > 1 and info.starts is not None and len(info.starts) - 1 < world_size:
-            raise ValueError(
-                f"data: source {number} of task {task!r} has {len(info.starts) - 1} shards for {world_size} ranks, and "
-                f"shard_groups {info.groups} has each rank read its own; cut the data into more shards, or set "
-                "shard_groups to 1, with which every rank reads every shard"
-            )
-
-
-def source_keys(sources: list[Source], train: bool) -> list[str]:
-    """What the batches of each source are called in a step: their task, or `task/source` of several held-out ones.
-
-    Raises:
-        ValueError: Two held-out sources of a task have one name.
-    """
-    tasks = [source.task for source in sources]
-    if train:
-        return tasks
-    keys: list[str] = []
-    for i, source in enumerate(sources):
-        key = source.task
-        if tasks.count(key) > 1:
-            key += f"/{source.name or tasks[:i].count(key)}"
-        if key in keys:
-            raise ValueError(f"data.val[{i}].name: {key} is the name of an earlier source too")
-        keys.append(key)
-    return keys
-
-
-def _origin(key: str, group: list[Source]) -> Origin:
-    task = group[0].task
-    dataset = next((source.dataset for source in group if source.dataset.classes), group[0].dataset)
-    return Origin(task, key.removeprefix(task).removeprefix("/"), dataset.classes, dataset.category_ids)

@@ -19,7 +19,7 @@ import numpy as np
 from indiclip.datasets.base import SampleDataset, fingerprint
 from indiclip.datasets.tables import load_json
 from indiclip.images import UnreadableSample
-from indiclip.loading.teacher_parts import RECORD, Part, Teacher, crc32_of_pixels, part_file, text_hash
+from indiclip.loading.teacher_parts import RECORD, Part, TeacherRecord, crc32_of_pixels, part_file, text_hash
 from indiclip.loading.transforms import Transform
 from indiclip.names import check_choice, check_range, differences
 from indiclip.types import Sample
@@ -33,7 +33,8 @@ Captions = Mapping[str, Sequence[str]]
 
 @dataclass
 class MakeTeachers:
-    """How a run makes its cache where there is none, as `indiclip embed --views` would.
+    """How a run makes its cache where there is none, as `indiclip embed --views` would. For small ones: each process of
+    the run makes its own.
 
     Args:
         models: As of `indiclip embed --model`: a run, a checkpoint, open_clip:..., each a teacher. `initial` is the
@@ -115,7 +116,7 @@ class CachedViews:
             raise ValueError(
                 f"{self._key}.folder: {self.folder} is of another augmentation than the source's: {lines[0]}"
             )
-        self.teachers = [Teacher(**one) for one in self.record["teachers"]]
+        self.teachers = [TeacherRecord(**one) for one in self.record["teachers"]]
         self._longest = max(teacher.length for teacher in self.teachers)
         self._scale_T = np.array([teacher.logit_scale for teacher in self.teachers], np.float32)
         self._parts: OrderedDict[int, Part] = OrderedDict()

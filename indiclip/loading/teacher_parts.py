@@ -31,8 +31,8 @@ RECORD = "teachers.json"
 _DTYPES = {"F16": np.float16, "I8": np.int8, "U8": np.uint8, "U32": np.uint32, "U64": np.uint64}  # safetensors' names
 
 
-class Teacher(NamedTuple):
-    """What is known of a teacher.
+class TeacherRecord(NamedTuple):
+    """What a cache says of a teacher.
 
     Attributes:
         name: As the user called it.

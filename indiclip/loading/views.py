@@ -11,7 +11,7 @@ from indiclip.loading.collate import Prepared
 from indiclip.loading.transforms import Transform
 from indiclip.names import check_range
 from indiclip.preprocessing import Preprocessing, read_upright
-from indiclip.steps import check_starts, start_step
+from indiclip.steps import check_starts, start_within
 from indiclip.types import Sample
 
 
@@ -35,10 +35,25 @@ class View:
     start: float = 0.0
 
     def __post_init__(self) -> None:
-        key = f"data: view {self.name!r}"
-        check_range({f"{key}: count": self.count, f"{key}: max_tokens": self.max_tokens}, 1)
-        check_starts({f"{key}: start": self.start})
+        check_range({f"{self._key}: count": self.count, f"{self._key}: max_tokens": self.max_tokens}, 1)
+        check_starts({f"{self._key}: start": self.start})
         self.transform = Transform(self.max_tokens, self.augment)
+
+    @property
+    def _key(self) -> str:
+        """In messages."""
+        return f"data: view {self.name!r}"
+
+    def start_step(self, run_steps: int | None) -> int:
+        """The step in which a run begins to make them.
+
+        Args:
+            run_steps: Of the whole run; None where it has no end.
+
+        Raises:
+            ValueError: It is behind the run's last one, or a share of a run without an end.
+        """
+        return start_within(f"{self._key}: start", self.start, run_steps)
 
 
 def check_views(views: Sequence[View], key: str) -> None:
@@ -61,7 +76,7 @@ def make_views(
     Raises:
         UnreadableSample: The image cannot be decoded.
     """
-    begun = [view for view in views if step >= start_step(view.start, run_steps)]
+    begun = [view for view in views if step >= view.start_step(run_steps)]
     if not begun:
         return {}
     pixels_HW3 = read_upright(sample["image"]).permute(1, 2, 0).numpy()  # decoded once for all

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from indiclip.head_schedule import start_steps
 from indiclip.planning.parts import SomeHeads
 from indiclip.planning.step_model import TaskModel, step_model
-from indiclip.steps import start_step
 
 
 class RunPhases:
@@ -28,17 +28,22 @@ class RunPhases:
         self._known: dict[tuple[Any, ...], dict[str, TaskModel]] = {}
 
     def borders(self, num_steps: int) -> list[int]:
-        """The first step of each phase of a run of so many steps, ascending from 0."""
-        starts = [start_step(head.start, num_steps) for head in self.model.each_head()]
-        steps = {0, *starts, *self._changes(num_steps)}
-        return sorted(step for step in steps if step < num_steps)
+        """The first step of each phase of a run of so many steps, ascending from 0.
+
+        Raises:
+            ValueError: A head, a stage or a view begins or ends beyond the run.
+        """
+        return sorted({0, *self._starts(num_steps).values(), *self._changes(num_steps)})
+
+    def _starts(self, num_steps: int) -> dict[str, int]:
+        return start_steps(self.model.each_head(), num_steps)
 
     def _changes(self, num_steps: int) -> list[int]:
         return [step for source in self.data.train for step in source.change_steps(num_steps)]
 
     def heads(self, step: int, num_steps: int) -> list[str]:
         """The names of those that take part in a step."""
-        return [head.name for head in self.model.each_head() if start_step(head.start, num_steps) <= step]
+        return [name for name, start in self._starts(num_steps).items() if start <= step]
 
     def tasks(self, step: int, num_steps: int) -> dict[str, TaskModel]:
         """Task -> its part of a rank's step, as it is where the task has a batch."""

@@ -1,7 +1,7 @@
 """Heads, sources and the backbone fit together: found out before training starts."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from indiclip.backbone import Backbone
@@ -26,53 +26,78 @@ def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
     """
     if stage != "fit" and not data.val:
         raise ValueError(f"data.val: found no source; {stage} reads it")
-    if stage == "fit":
-        prepare_teachers(model.encoder, data)
     heads, scores = model.each_head(), stage != "predict"
-    heads_of = {head.task: [other for other in heads if other.task == head.task] for head in heads}
-    parts = [keyed("data.train", data.train if stage == "fit" else []), keyed("data.val", data.val)]
-    budget = model.encoder.backbone.max_tokens
-    for key, source in (parts[0] | parts[1]).items():
-        if source.task not in heads_of:
-            raise ValueError(f"{key}.task: no head reads {source.task!r}{did_you_mean(source.task, heads_of)}")
-        source.dataset.inventory.check_used(key)
-        of_stages = {f"{key}.stages[{i}].max_tokens": stage.max_tokens or 0 for i, stage in enumerate(source.stages)}
-        for name, max_tokens in ({f"{key}.max_tokens": source.max_tokens} | of_stages).items():
-            if max_tokens > budget:
-                raise ValueError(
-                    f"{name}: {max_tokens} is over the backbone's budget, model.encoder.backbone.max_tokens {budget}"
-                )
-        _check_tokens(key, source, heads_of[source.task], model.encoder.backbone, key in parts[0])
+    train, held_out = keyed("data.train", data.train if stage == "fit" else []), keyed("data.val", data.val)
+    for sources, trains in ((train, True), (held_out, False)):
+        for key, source in sources.items():
+            _check_source(key, source, heads, model.encoder.backbone, trains)
     if stage == "fit":
-        given = data.train_sizes
-        for key, source in parts[0].items():
-            sizes = [spec.samples for _, spec in source.specs] if source.batch_size else []
-            if max(sizes, default=0) > given[source.task]:
-                found = f"{max(sizes)} is more than the {given[source.task]} samples of task {source.task!r}"
-                warnings.warn(f"{key}.batch_size: {found}: a batch has some of them more than once", stacklevel=2)
-        _check_every(data.train, heads)
-        for head in heads:
-            if head.task not in given:
-                raise ValueError(
-                    f"model.heads: {head.name} reads the task {head.task!r}, for which data.train has no source"
-                    f"{did_you_mean(head.task, given)}"
-                )
-    for source in parts[0].values():
-        source.keeps_objects = any(head.reads_objects for head in heads_of[source.task])
-    for trains, sources in zip((True, False), parts, strict=True):
-        for key, sample in _first_samples(data, sources):
-            for head in heads_of[sources[key].task]:
-                _check_sample(key, sources[key], sample, head, _needed(head, scores, trains))
-                _check_views(key, sources[key], head, trains)
-                _check_mix(key, sources[key], head, trains)
-        for source in sources.values():
-            names = [name for head in heads_of[source.task] if scores for name in _needed(head, scores, trains)]
-            source.required_fields = tuple(dict.fromkeys(names))
+        _check_tasks(data, heads)
+        prepare_teachers(model.encoder, data)  # which may take long, so that it comes behind what is soon checked
+    for sources, trains in ((train, True), (held_out, False)):
+        _check_samples(data, sources, heads, scores, trains)
     for head in heads if scores else ():
-        of_task: list[dict[str, Any]] = [
-            {key: source.dataset for key, source in sources.items() if source.task == head.task} for sources in parts
+        of_task = [
+            {key: source.dataset for key, source in sources.items() if source.task == head.task}
+            for sources in (train, held_out)
         ]
         head.check(*of_task)
+
+
+def _check_source(key: str, source: Source, heads: Sequence[Head], backbone: Backbone, trains: bool) -> None:
+    """Refuse a source that nobody reads, or whose images the backbone or a head does not take so."""
+    tasks = {head.task for head in heads}
+    if source.task not in tasks:
+        raise ValueError(f"{key}.task: no head reads {source.task!r}{did_you_mean(source.task, tasks)}")
+    source.dataset.inventory.check_used(key)
+    of_stages = {f"{key}.stages[{i}].max_tokens": stage.max_tokens or 0 for i, stage in enumerate(source.stages)}
+    for name, max_tokens in ({f"{key}.max_tokens": source.max_tokens} | of_stages).items():
+        if max_tokens > backbone.max_tokens:
+            raise ValueError(
+                f"{name}: {max_tokens} is over the backbone's budget, model.encoder.backbone.max_tokens "
+                f"{backbone.max_tokens}"
+            )
+    readers = [head for head in heads if head.task == source.task]
+    _check_tokens(key, source, readers, backbone, trains)
+    for head in readers:
+        _check_views(key, source, head, trains)
+        _check_mix(key, source, head, trains)
+
+
+def _check_tasks(data: MultiTaskData, heads: Sequence[Head]) -> None:
+    """Refuse heads without a source, and steps that would train nothing; warn of batches larger than the data."""
+    samples = data.train_sizes
+    for key, source in keyed("data.train", data.train).items():
+        largest = max(spec.samples for _, spec in source.specs) if source.batch_size else 0
+        if largest > samples[source.task]:
+            found = f"{largest} is more than the {samples[source.task]} samples of task {source.task!r}"
+            warnings.warn(f"{key}.batch_size: {found}: a batch has some of them more than once", stacklevel=2)
+    _check_every(data.train, heads)
+    for head in heads:
+        if head.task not in samples:
+            raise ValueError(
+                f"model.heads: {head.name} reads the task {head.task!r}, for which data.train has no source"
+                f"{did_you_mean(head.task, samples)}"
+            )
+
+
+def _check_samples(
+    data: MultiTaskData, sources: Mapping[str, Source], heads: Sequence[Head], scores: bool, trains: bool
+) -> None:
+    """Refuse a source whose first sample a head could not read, and tell each what its samples must have."""
+    if trains:
+        for source in sources.values():
+            source.keeps_objects = any(head.reads_objects for head in heads if head.task == source.task)
+    needed = {
+        key: [(head, _needed(head, scores, trains)) for head in heads if head.task == source.task]
+        for key, source in sources.items()
+    }
+    for key, sample in _first_samples(data, sources, trains):
+        for head, fields in needed[key]:
+            _check_sample(key, sources[key], sample, head, fields)
+    for key, source in sources.items():
+        names = [name for _, fields in needed[key] for name in fields if scores]
+        source.required_fields = tuple(dict.fromkeys(names))
 
 
 def _check_every(sources: Sequence[Source], heads: Sequence[Head]) -> None:
@@ -100,7 +125,8 @@ def _check_tokens(key: str, source: Source, heads: Sequence[Head], backbone: Bac
     names = [name for name, found in changes.items() if found]
     if names and not trains:
         raise ValueError(f"{key}.{names[0]}: held-out data are read whole; expected it in data.train alone")
-    if backbone.canvas_hw is not None and (source.stages or drops):
+    fewer = drops or any(stage.max_tokens is not None for stage in source.stages)
+    if backbone.canvas_hw is not None and fewer:
         height, width = backbone.canvas_hw
         raise ValueError(
             f"{key}.{names[0]}: the backbone reads whole images of one size, {height}x{width}; expected a NaFlexViT "
@@ -118,23 +144,31 @@ def _check_tokens(key: str, source: Source, heads: Sequence[Head], backbone: Bac
             )
 
 
-def _first_samples(data: MultiTaskData, sources: dict[str, Source]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _first_samples(
+    data: MultiTaskData, sources: Mapping[str, Source], trains: bool
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """A sample of each source, transformed: what is wrong with all shows here, not in a worker."""
-    # Of one rank, whatever the run has: of held-out sources too, whose batches need not be shared out evenly.
-    run_steps, step = settled([*sources.values()])  # so that views that begin late are made, too
-    steps = Steps([*sources.values()], data.seed, data.preprocessing, train=True, run_steps=run_steps)
-    for task in steps.plans:
-        of_task = [key for key, source in sources.items() if source.task == task]
-        for number, key in enumerate(of_task):
-            try:
-                sample = steps.read(task, SampleRef(number, 0, 0), step)
-            except Exception as error:
-                own = isinstance(error, ValueError | OSError)
-                where = [*getattr(error, "__notes__", []), "(INDICLIP_TRACEBACK=1 shows where)"]
-                found = str(error) if own else " ".join([f"{type(error).__name__}: {error}", *where])
-                raise ValueError(f"{key}: {found}") from error
-            if sample:
-                yield key, sample
+    # Held-out ones, each of which has batches of its own, are read as in training too: that finds a readable sample.
+    groups = [sources] if trains else [{key: source} for key, source in sources.items()]
+    for group in groups:
+        run_steps, step = settled([*group.values()])  # so that views that begin late are made, too
+        # Of one rank, whatever the run has: held-out batches need not be shared out evenly.
+        steps = Steps([*group.values()], data.seed, data.preprocessing, train=True, run_steps=run_steps)
+        for task in steps.plans:
+            of_task = [key for key, source in group.items() if source.task == task]
+            for number, key in enumerate(of_task):
+                if sample := _first_sample(key, steps, task, SampleRef(number, 0, 0), step):
+                    yield key, sample
+
+
+def _first_sample(key: str, steps: Steps, task: str, ref: SampleRef, step: int) -> dict[str, Any] | None:
+    try:
+        return steps.read(task, ref, step)
+    except Exception as error:
+        own = isinstance(error, ValueError | OSError)
+        where = [*getattr(error, "__notes__", []), "(INDICLIP_TRACEBACK=1 shows where)"]
+        found = str(error) if own else " ".join([f"{type(error).__name__}: {error}", *where])
+        raise ValueError(f"{key}: {found}") from error
 
 
 def _check_views(key: str, source: Source, head: Head, trains: bool) -> None:

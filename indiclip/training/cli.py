@@ -34,6 +34,7 @@ from indiclip.training.launch import SameOnAllRanks, check_launch, speaks
 from indiclip.training.portable_config import PortableConfig
 from indiclip.training.record import RunRecord
 from indiclip.training.run_folder import config_files, is_first_process, lock, remove_unused, run_folder, unlock
+from indiclip.training.stacked_pages import disagreements
 from indiclip.training.teachers import place_caches
 from indiclip.training.trainer_setup import check_trainer, place_outputs, trainer_options
 
@@ -68,7 +69,9 @@ class IndiCLI(LightningCLI):
     def __init__(self) -> None:
         _quieten()
         sys.argv[1:] = find_configs(sys.argv[1:])  # also for the other processes, which Lightning starts with it
-        check_yaml(config_files(sys.argv[1:]))
+        check_yaml(files := config_files(sys.argv[1:]))
+        for line in disagreements(files) if is_first_process() else ():
+            warnings.warn(line, stacklevel=2)
         # Lightning's Timer has an enum for a default.
         yaml.SafeDumper.add_multi_representer(str, yaml.SafeDumper.represent_str)
         set_loader("omegaconf+", _load, (yaml.YAMLError,))

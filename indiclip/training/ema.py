@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from indiclip.float8 import forget_scales
+from indiclip.lightning_internals import estimated_steps
 from indiclip.moving_average import update_averages
 from indiclip.names import check_range
 from indiclip.pretrained.runs import AVERAGES
@@ -63,6 +64,12 @@ class EMA(Callback):
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        first, steps = max(1, -(-self.start_step // self.every_n_steps)) * self.every_n_steps, estimated_steps(trainer)
+        if first > steps:
+            raise ValueError(
+                f"trainer.callbacks.EMA.start_step: {self.start_step}, with every_n_steps {self.every_n_steps}, has "
+                f"the averages begin after step {first} of {steps:.0f}; expected less"
+            )
         if trainer.is_global_zero:
             print(f"scored is an average of the weights: EMA, decay {self.decay:g}")
 

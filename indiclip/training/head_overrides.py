@@ -7,33 +7,36 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from indiclip.names import did_you_mean
+from indiclip.names import did_you_mean, shorten
 
 _KEY = "head_overrides"
+_Said = dict[tuple[str, str], tuple[str, Any]]  # head and argument -> key of the override that gave it, and the value
 
 
 def apply_head_overrides(config: Namespace) -> None:
     """Give the heads of a config, in place, the arguments that its `model.head_overrides` have for them.
 
-    What is left is a config as if its heads had been written so. A later override wins over an earlier one. A file that
-    has no heads keeps its overrides for those of the other files.
+    What is left is a config as if its heads had been written so. Overrides win over the heads' own arguments, and none
+    over another: where two want an argument of one head differently, neither counts. A file that has no heads keeps its
+    overrides for those of the other files.
 
     Args:
         config: Of a file, or all files and flags of a command, merged and not yet checked.
 
     Raises:
-        ValueError: An override that names no head of the config, or nothing to change.
+        ValueError: An override that names no head of the config, or nothing to change; two that do not agree.
     """
     for path in ("model", *(f"{command}.model" for command in ("fit", "validate", "test", "predict"))):
         model = config.get(path)
         if not isinstance(model, Namespace) or not model.get(_KEY) or not model.get("heads"):
             continue
         by_name = {_name(head): head for head in model["heads"] if isinstance(head, Namespace)}
+        said: _Said = {}
         for number, override in enumerate(model.pop(_KEY)):
-            _apply(f"model.{_KEY}[{number}]", override, by_name)
+            _apply(f"model.{_KEY}[{number}]", override, by_name, said)
 
 
-def _apply(key: str, override: Any, heads: dict[str, Namespace]) -> None:
+def _apply(key: str, override: Any, heads: dict[str, Namespace], said: _Said) -> None:
     changes = dict(override) if isinstance(override, dict) else vars(override).copy()
     name = str(changes.pop("head", ""))
     if name not in heads:
@@ -45,6 +48,12 @@ def _apply(key: str, override: Any, heads: dict[str, Namespace]) -> None:
         raise ValueError(f"{key}: changes nothing; expected arguments of the head beside `head`")
     arguments = heads[name].get("init_args") or Namespace()  # type: ignore[no-untyped-call]
     for argument, value in changes.items():
+        first, others = said.setdefault((name, argument), (key, value))
+        if value != others:
+            raise ValueError(
+                f"{key}.{argument}: found {shorten(value)}, and {first}.{argument} of the same head {name!r} is "
+                f"{shorten(others)}; expected one of them (two --config files?)"
+            )
         arguments[argument] = value
     heads[name]["init_args"] = arguments
 

@@ -17,11 +17,12 @@ from rich.console import Console
 
 from indiclip import json_lines
 from indiclip.distributed import gathered
-from indiclip.head import Frame, Head, Panel, Prediction
+from indiclip.head import Head, Prediction
 from indiclip.masking import mask
 from indiclip.module import Batches, MultiTask
 from indiclip.names import check_range
 from indiclip.patches import unpatchify
+from indiclip.presentation import Frame, Panel
 from indiclip.training.fault_tolerance.ranks import folder_of
 from indiclip.training.record import print_listed
 from indiclip.types import Batch, Origin, class_names, targets_of

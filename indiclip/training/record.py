@@ -15,13 +15,13 @@ from rich.table import Table
 
 from indiclip import json_lines
 from indiclip.datasets.inventory import Inventory
-from indiclip.head import Measure, Picture
 from indiclip.lightning_internals import validate_now
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.loading.plan import apportion
-from indiclip.loading.steps import source_keys
+from indiclip.loading.source_groups import source_keys
 from indiclip.masking import mask
 from indiclip.module import MultiTask
+from indiclip.presentation import Measure, Picture
 from indiclip.sharding import gathered_weights
 from indiclip.training.ema import scored_weights
 from indiclip.training.fault_tolerance.ranks import folder_of

@@ -3,13 +3,14 @@
 import atexit
 import shutil
 import tempfile
-import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from indiclip.datasets.tables import load_json
+from indiclip.distributed import local_device
 from indiclip.encoder import Encoder
 from indiclip.evals.models.view_batches import load_teachers
 from indiclip.evals.models.view_embedder import ViewEmbedder
@@ -19,21 +20,21 @@ from indiclip.loading.teacher_cache import MakeTeachers, TeacherCache
 from indiclip.loading.teacher_parts import RECORD
 from indiclip.training.run_folder import is_first_process
 
-_SECONDS_TO_SAY = 60.0  # after which a process says that it waits for the first one
-
 
 def place_caches(data: MultiTaskData, folder: Path, goes_on: bool) -> None:
-    """Caches without a folder are in that of the run.
+    """Caches without a folder are in that of the run, where this process knows it: `teachers`, `teachers-2` and so on.
 
     Args:
         data: Of the run, changed in place.
-        folder: Of the run.
+        folder: Of the run. Of a new one that has several processes only the first knows it.
         goes_on: From a checkpoint. It has the cache that it was begun with, and its initial encoder is no more.
     """
-    for cache in (source.teachers for source in data.train):
-        if cache is not None and cache.folder is None:
-            cache.folder = str(folder / "teachers")
-        if cache is not None and goes_on and _is_done(Path(str(cache.folder))):
+    caches = _caches(source.teachers for source in data.train)
+    without = [cache for cache in caches if cache.folder is None]
+    for number, cache in enumerate(without if goes_on or is_first_process() else [], 1):
+        cache.folder = str(folder / ("teachers" if number == 1 else f"teachers-{number}"))
+    for cache in caches if goes_on else []:
+        if _is_done(Path(str(cache.folder))):
             cache.make = None
 
 
@@ -49,8 +50,7 @@ def prepare_teachers(encoder: Encoder, data: MultiTaskData) -> None:
         ValueError: One that does not fit its source, or sources of a task with different teachers.
     """
     sources = {key: source for key, source in keyed("data.train", data.train).items() if source.teachers is not None}
-    for cache in {id(source.teachers): source.teachers for source in sources.values()}.values():
-        assert cache is not None
+    for cache in _caches(source.teachers for source in sources.values()):
         _make(cache, {key: source for key, source in sources.items() if source.teachers is cache}, encoder)
     taught: dict[str, tuple[str, list[Any]]] = {}
     for key, source in sources.items():
@@ -76,45 +76,38 @@ def said_of(data: MultiTaskData) -> list[str]:
     return found
 
 
+def _caches(of_sources: Iterable[TeacherCache | None]) -> list[TeacherCache]:
+    """Each once, though an override gives several sources the same one."""
+    return [*{id(cache): cache for cache in of_sources if cache is not None}.values()]
+
+
 def _make(cache: TeacherCache, sources: dict[str, Source], encoder: Encoder) -> None:
-    """Make a cache that is not whole, in the first process of the run; the others wait for it."""
-    if cache.make is None:
+    """Make a cache that is not whole: for all times in the first process of the run, in any other one for itself alone.
+
+    The processes have not met yet, so that none knows which files of another it sees.
+    """
+    if cache.make is None or (not is_first_process() and cache.folder is not None and _is_done(Path(cache.folder))):
         return
-    if cache.folder is None:  # of a plan or a check, which have no run
+    if cache.folder is None or not is_first_process():  # also of a plan or a check, which have no run
         cache.folder = tempfile.mkdtemp(prefix="indiclip-teachers-")
         atexit.register(shutil.rmtree, cache.folder, ignore_errors=True)
-    if is_first_process():
-        _embed(cache.make, Path(cache.folder), sources, encoder)
-    else:
-        _wait_for(Path(cache.folder))
+    _embed(cache.make, Path(cache.folder), sources, encoder)
 
 
 def _embed(make: MakeTeachers, folder: Path, sources: dict[str, Source], encoder: Encoder) -> None:
-    device = make.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     state = torch.get_rng_state()
     try:
-        teachers = load_teachers(make.models, device, encoder)
+        teachers = load_teachers(make.models, local_device(make.device), encoder)
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"{next(iter(sources))}.teachers.make.models: {error}") from error
     job = ViewEmbedder(folder, sources, teachers, make.views, make.dtype)
     job.begin()
-    if missing := job.missing():
-        print(f"teachers: {', '.join(make.models)} embed {make.views} views of {len(job):,} samples into {folder}")
-        job.write(missing)
+    if not _is_done(folder):
+        if is_first_process():
+            print(f"teachers: {', '.join(make.models)} embed {make.views} views of {len(job):,} samples into {folder}")
+        job.write(job.missing())
         job.finish({})
     torch.set_rng_state(state)  # random numbers are those of a run whose cache was there
-
-
-def _wait_for(folder: Path) -> None:
-    """Until the first process has made the cache; whatever ends that one ends this one too."""
-    said = time.monotonic()
-    while not _is_done(folder):
-        time.sleep(0.2)
-        if time.monotonic() - said > _SECONDS_TO_SAY:
-            said = time.monotonic()
-            print(f"teachers: waiting for the first process, which makes {folder}", flush=True)
 
 
 def _is_done(folder: Path) -> bool:

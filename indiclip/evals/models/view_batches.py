@@ -13,7 +13,7 @@ from indiclip.evals.models.digests import crc32_of_prepared, crc32_of_token_ids,
 from indiclip.evals.models.embedder import Embedder, EncoderEmbedder, View, load_embedder
 from indiclip.images import UnreadableSample
 from indiclip.loading.source import Source
-from indiclip.loading.teacher_parts import Teacher, crc32_of_pixels
+from indiclip.loading.teacher_parts import TeacherRecord, crc32_of_pixels
 from indiclip.types import Sample
 
 INITIAL = "initial"  # as a model: the run's own encoder before its first step
@@ -30,7 +30,7 @@ class ViewTeacher(NamedTuple):
 
     model: Embedder
     view: View
-    about: Teacher
+    about: TeacherRecord
 
 
 def load_teachers(
@@ -62,7 +62,7 @@ def load_teachers(
         (view,) = model.views(["native"])
         read_as = {**view._asdict(), **model.preprocessing, "crc32_of_a_plain_picture": crc32_of_prepared(model, view)}
         sums = crc32_of_weights(model), crc32_of_token_ids(model)
-        about = Teacher(name, model.weights, *sums, model.logit_factor, model.lengths[-1], read_as)
+        about = TeacherRecord(name, model.weights, *sums, model.logit_factor, model.lengths[-1], read_as)
         found.append(ViewTeacher(model, view, about))
     return found
 

@@ -20,8 +20,8 @@ from indiclip.training.report.run_names import HeadNames, named, reading_order, 
 from indiclip.types import Step, class_names, targets_of
 
 if TYPE_CHECKING:
-    from indiclip.head import Picture
     from indiclip.module import MultiTask
+    from indiclip.presentation import Picture
 
 
 _PICTURE_BYTES = 2_200_000  # of all pictures of a page; beside them stand curves, fonts and tables

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from indiclip.evals.formatting import NAMES, language_name, metric_name, words
 
 if TYPE_CHECKING:
-    from indiclip.head import Measure
+    from indiclip.presentation import Measure
 
 # A head's name, or `head/source` of a task with several held-out sources -> what it is called, and its metrics.
 HeadNames = Mapping[str, tuple[str, Mapping[str, "Measure"]]]

@@ -1,0 +1,84 @@
+"""Caches of teachers that a run makes: by which of its processes, and where."""
+
+import json
+import os
+
+import experiments
+import pytest
+import yaml
+from experiments import config
+from processes import as_ranks
+
+from indiclip.generated.mela import Mela
+from indiclip.loading.data_module import MultiTaskData
+from indiclip.loading.overrides import SourceOverride
+from indiclip.loading.source import Source
+from indiclip.loading.teacher_cache import MakeTeachers, TeacherCache
+from indiclip.training.cli import run
+from indiclip.training.teachers import place_caches
+
+TEACHERS = {"make": {"models": ["initial"], "views": 2}}
+
+
+def tree(size):
+    found = config(trainer__max_steps=2, trainer__devices=2, trainer__strategy="ddp")
+    del found["data"]["val"]
+    crop = {"class_path": "torchvision.transforms.v2.RandomResizedCrop", "init_args": {"size": [size, size]}}
+    found["data"]["overrides"] = [{"task": "contrastive", "augment": [crop], "teachers": TEACHERS}]
+    found["model"]["heads"] += [{"class_path": "heads.distillation.Distillation", "init_args": {"task": "contrastive"}}]
+    return found
+
+
+def fit(folder, tree, apart=False):
+    """On two ranks, which see the same files or none of each other's."""
+    file = folder / "experiment.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    places = [folder / f"node-{rank}" if apart else folder for rank in range(2)]
+
+    def work():
+        place = places[int(os.environ["RANK"])]
+        place.mkdir(exist_ok=True)
+        os.chdir(place)
+        return run(["fit", "--config", str(file), "--runs", "runs"])
+
+    done = as_ranks(work, folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return places[0] / "runs", done
+
+
+def made(run_folder):
+    return json.loads((run_folder / "teachers" / "teachers.json").read_text())
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["one file system", "two"])
+def test_no_process_waits_for_a_cache_that_it_cannot_see(apart, tmp_path):
+    """Nor takes that of an older run of the same name for its own."""
+    runs, _ = fit(tmp_path, tree(24), apart)
+    first = made(runs / "experiment")
+    runs, done = fit(tmp_path, tree(16), apart)
+    second = made(runs / "experiment-2")
+    assert first["digest"] != second["digest"]
+    assert "teachers initial: 2 views of 12 samples" in done.stdout
+
+
+def test_what_is_soon_checked_comes_before_a_cache_is_made(tmp_path, capsys):
+    """A cache may take hours."""
+    wrong = tree(16)
+    wrong["trainer"]["devices"] = 1
+    wrong["data"]["val"] = [wrong["data"]["train"][0] | {"task": "contrastve"}]
+    assert experiments.fit(tmp_path, wrong) == 2
+    said = capsys.readouterr()
+    assert "data.val[0].task: no head reads 'contrastve'; nearest is 'contrastive'" in said.err
+    assert "teachers: initial embed" not in said.out
+
+
+def test_each_cache_of_a_run_has_a_folder_of_its_own(tmp_path):
+    """One for both sources of a task, by an override, and those of a run that goes on are found again."""
+    for goes_on in (False, True):
+        makes = [TeacherCache(make=MakeTeachers(["initial"])) for _ in range(2)]
+        sources = [Source(task, Mela(num_scenes=4), 4) for task in ("a", "a", "b")]
+        overrides = [SourceOverride(task, teachers=cache) for task, cache in zip("ab", makes, strict=True)]
+        data = MultiTaskData([*sources, Source("c", Mela(num_scenes=4), 4)], overrides=overrides)
+        place_caches(data, tmp_path, goes_on)
+        folders = [source.teachers and source.teachers.folder for source in data.train]
+        assert folders == [str(tmp_path / name) for name in ("teachers", "teachers", "teachers-2")] + [None]
