@@ -7,7 +7,7 @@ Shape letters: see `indiclip.types` and `indiclip.self_distillation_losses`.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -210,14 +210,15 @@ class SelfDistillation(Head):
         rows, terms = _Rows(*tensors), {}
         with torch.autocast(rows.student_BSC.device.type, enabled=False):
             if self.dino_weight:
-                targets_BGK = self._said_by_teacher("image", rows.teacher_seen_BGC)
+                said_RK = self._said_by_teacher("image", rows.teacher_seen_BGC.flatten(0, 1))(slice(None))
+                targets_BGK = said_RK.reshape(*rows.teacher_seen_BGC.shape[:2], -1)
                 logits_BSK = _projector(self.student, "image").logits(rows.student_BSC)
                 loss = dino_loss(targets_BGK, logits_BSK, self.temperature, same_crops=several)
                 terms["dino"] = self.dino_weight * loss
             if self.ibot_weight:
-                targets_RK = self._said_by_teacher("patch", rows.teacher_tokens_RC)
-                logits_RK = _projector(self.student, "patch").logits(rows.student_tokens_RC)
-                loss = token_loss(targets_RK, logits_RK, rows.weights_R.detach(), self.temperature)
+                said = self._said_by_teacher("patch", rows.teacher_tokens_RC)
+                units = _projector(self.student, "patch").units(rows.student_tokens_RC)
+                loss = token_loss(said, *units, rows.weights_R.detach(), self.temperature)
                 terms["ibot"] = self.ibot_weight * loss / len(rows.student_BSC)
             if self.koleo_weight:
                 crops = rows.pooled_seen_BGD.unbind(1)
@@ -225,11 +226,9 @@ class SelfDistillation(Head):
         return Losses(terms)
 
     @torch.no_grad()
-    def _said_by_teacher(self, name: str, points: Tensor) -> Tensor:
-        """The teacher's distributions of points (..., C)."""
-        logits = _projector(self.teacher.layers, name).logits(points)
-        targets: Tensor = self.targets[name](logits.flatten(0, -2))
-        return targets.reshape(logits.shape)
+    def _said_by_teacher(self, name: str, points_RC: Tensor) -> Callable[[slice], Tensor]:
+        """What gives the teacher's distributions of some of these points."""
+        return cast(Targets, self.targets[name]).of(*_projector(self.teacher.layers, name).units(points_RC))
 
     def _hide(self, images: Images, batch: Batch, encoder: "Encoder") -> tuple[Images, Tensor, Tensor]:
         """The teacher's crops as the student sees them, and what it is to predict: places of tokens, their weights."""

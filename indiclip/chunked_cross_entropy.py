@@ -34,6 +34,18 @@ def chunks_as_on(device_type: str) -> Iterator[None]:
         _AS_ON.reset(before)
 
 
+def rows_of_chunk(columns: int, device_type: str, elements: int | None = None) -> int:
+    """How many rows of so many numbers are a chunk: one at least.
+
+    Args:
+        columns: Numbers in a row.
+        device_type: Where they are.
+        elements: Numbers in a chunk; None is what suits the device.
+    """
+    elements = elements or _ELEMENTS.get(_AS_ON.get() or device_type, _ELEMENTS_ELSEWHERE)
+    return max(1, elements // columns)
+
+
 def chunked_cross_entropy(
     hidden_TD: Tensor, table_VD: Tensor, targets_T: Tensor, weights_T: Tensor, elements: int | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -44,14 +56,13 @@ def chunked_cross_entropy(
         table_VD: A row per id.
         targets_T: int64, the right ids.
         weights_T: Of each token in the sum.
-        elements: Numbers in a chunk, which has a row at least; None is what suits the device.
+        elements: As of `rows_of_chunk`.
 
     Returns:
         `(total, losses_T)`: the sum, and the cross entropy of each token without weight and gradient.
     """
     device = hidden_TD.device.type
-    elements = elements or _ELEMENTS.get(_AS_ON.get() or device, _ELEMENTS_ELSEWHERE)
-    step = max(1, elements // len(table_VD))
+    step = rows_of_chunk(len(table_VD), device, elements)
     wanted = torch.is_grad_enabled() and (hidden_TD.requires_grad or table_VD.requires_grad)
     hidden_TD = in_float32(hidden_TD)
     # Gradients of float16 are scaled later, and until then it would lose those of improbable ids.

@@ -11,6 +11,7 @@ All is computed in the type of what is given, which should be no less than float
 that the teacher sees, S crops that the student sees, K prototypes, C numbers in a bottleneck, R rows of any kind.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Literal
 
@@ -18,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from indiclip.autograd import with_gradients
+from indiclip.chunked_cross_entropy import rows_of_chunk
 from indiclip.distributed import rank_and_world, rows_of_all_ranks, sum_over_ranks
 from indiclip.logit_chunks import all_reduce
 
@@ -57,9 +60,14 @@ class Projector(nn.Module):
         out: Tensor = self.layers(x)
         return out
 
+    def units(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Points (..., C), as `forward` gives them, and the prototypes (K, C), all at length 1."""
+        return F.normalize(points, dim=-1), F.normalize(self.prototypes_KC.to(points.dtype), dim=-1)
+
     def logits(self, points: Tensor) -> Tensor:
         """(..., C), as `forward` gives them, -> (..., K) in -1..1."""
-        return F.normalize(points, dim=-1) @ F.normalize(self.prototypes_KC.to(points.dtype), dim=-1).T
+        unit, unit_KC = self.units(points)
+        return unit @ unit_KC.T
 
 
 @torch.no_grad()
@@ -112,14 +120,18 @@ class Targets(nn.Module):
         self._mean_K: Tensor | None = None  # of the newest rows
 
     @torch.no_grad()
-    def forward(self, logits_RK: Tensor) -> Tensor:
-        """(R, K), rows sum to 1. A collective."""
+    def of(self, unit_RC: Tensor, unit_KC: Tensor) -> Callable[[slice], Tensor]:
+        """What gives the targets of some rows, which sum to 1. A collective.
+
+        Args:
+            unit_RC: The teacher's points; their products with the prototypes are its logits.
+            unit_KC: The prototypes.
+        """
         if self.centring == "sinkhorn":
-            return sinkhorn(logits_RK, self.temperature)
-        number = logits_RK.new_full((1,), len(logits_RK))
-        sums = sum_over_ranks(torch.cat([logits_RK.sum(0), number]))
-        self._mean_K = sums[:-1] / sums[-1:].clamp(min=1)
-        return ((logits_RK - self.centre_K) / self.temperature).softmax(-1)
+            return sinkhorn(unit_RC @ unit_KC.T, self.temperature).__getitem__
+        sums = sum_over_ranks(torch.cat([unit_RC.sum(0), unit_RC.new_full((1,), len(unit_RC))]))
+        self._mean_K = unit_KC @ (sums[:-1] / sums[-1:].clamp(min=1))
+        return lambda rows: ((unit_RC[rows] @ unit_KC.T - self.centre_K) / self.temperature).softmax(-1)
 
     @torch.no_grad()
     def update(self, made: Tensor) -> None:
@@ -148,10 +160,41 @@ def dino_loss(targets_BGK: Tensor, logits_BSK: Tensor, temperature: float, same_
     return (entropy_BGS.sum() - itself) / (B * pairs)
 
 
-def token_loss(targets_RK: Tensor, logits_RK: Tensor, weights_R: Tensor, temperature: float) -> Tensor:
-    """The weighted sum of the cross entropies of tokens."""
-    entropy_R = -(targets_RK * (logits_RK / temperature).log_softmax(-1)).sum(-1)
-    return (entropy_R * weights_R).sum()
+def token_loss(
+    targets: Callable[[slice], Tensor],
+    unit_RC: Tensor,
+    unit_KC: Tensor,
+    weights_R: Tensor,
+    temperature: float,
+    elements: int | None = None,
+) -> Tensor:
+    """The weighted sum of the cross entropies of tokens, of which there are many: a few rows of logits at a time.
+
+    The gradients are made along with the loss, as in `indiclip.chunked_cross_entropy`.
+
+    Args:
+        targets: The teacher's, of some rows; see `Targets.of`.
+        unit_RC: The student's points; their products with the prototypes are its logits.
+        unit_KC: The prototypes.
+        weights_R: Of each token.
+        temperature: The student's.
+        elements: As of `rows_of_chunk`.
+    """
+    step = rows_of_chunk(len(unit_KC), unit_RC.device.type, elements)
+    with torch.no_grad():
+        total = unit_RC.new_zeros(())
+        of_points_RC, of_prototypes_KC = torch.zeros_like(unit_RC), torch.zeros_like(unit_KC)
+        for first in range(0, len(unit_RC), step):
+            rows = slice(first, first + step)
+            log_probs_RK = (unit_RC[rows] @ unit_KC.T / temperature).log_softmax(-1)
+            target_RK, weight_R1 = targets(rows), weights_R[rows, None]
+            total -= (target_RK * log_probs_RK * weight_R1).sum()
+            gradient_RK = log_probs_RK.exp_().sub_(target_RK).mul_(weight_R1 / temperature)
+            of_points_RC[rows] = gradient_RK @ unit_KC
+            of_prototypes_KC += gradient_RK.T @ unit_RC[rows]
+    if not torch.is_grad_enabled():
+        return total
+    return with_gradients(total, [of_points_RC, of_prototypes_KC], [unit_RC, unit_KC])
 
 
 def koleo_loss(x_BD: Tensor, eps: float = 1e-8) -> Tensor:

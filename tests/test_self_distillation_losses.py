@@ -15,6 +15,9 @@ def random(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+EYE = torch.eye(6, dtype=torch.float64)  # prototypes, with which points are the logits themselves
+
+
 def iterated(logits_RK, temperature, iterations=3):
     """Algorithm 1 of SwAV's appendix (arXiv:2006.09882): each prototype gets 1/K of all, each row 1/R."""
     q_KR = (logits_RK / temperature).exp().T
@@ -51,7 +54,7 @@ def test_targets_are_those_of_all_ranks_also_where_one_has_no_row(tmp_path, cent
         made = Targets(6, 0.07, centring).double()
         found = []
         for logits, cut in zip(steps, cuts if rank is not None else cuts[0], strict=True):
-            found.append(made(logits[cut]))
+            found.append(made.of(logits[cut], EYE)(slice(None)))
             made.update(torch.ones(()))
         return found
 
@@ -66,7 +69,7 @@ def test_a_running_mean_centres_as_that_of_lightly():
     for seed in range(3):
         teacher_BGK, student_BSK = random(4, 2, 6, seed=seed), random(4, 5, 6, seed=seed + 9)
         theirs = dino(list(teacher_BGK.unbind(1)), list(student_BSK.unbind(1)))
-        ours = targets(teacher_BGK.flatten(0, 1)).unflatten(0, (4, 2))
+        ours = targets.of(teacher_BGK.flatten(0, 1), EYE)(slice(None)).unflatten(0, (4, 2))
         targets.update(torch.ones(()))
         assert_close(dino_loss(ours, student_BSK, 0.1, same_crops=True), theirs)
 
@@ -91,7 +94,8 @@ def test_each_image_weighs_as_much_in_the_loss_of_tokens_as_in_lightly(visible_w
     rows, weights = predicted_tokens(list(mask_BHW.numpy()), 9, None, visible_weight)
     rows, weights = torch.from_numpy(rows), torch.from_numpy(weights).double()
     teacher_RK, student_RK = random(36, 6), random(36, 6, seed=1)
-    ours = token_loss(Targets(6, 0.04, "mean").double()(teacher_RK[rows]), student_RK[rows], weights, 0.1) / 4
+    targets = Targets(6, 0.04, "mean").double().of(teacher_RK[rows], EYE)
+    ours = token_loss(targets, student_RK[rows], EYE, weights, 0.1, elements=12) / 4  # two rows at a time
     if visible_weight:
         theirs = loss.IBOTPlusPlusPatchLoss(6).double()
         expected = theirs(teacher_RK, student_RK, mask_BHW, visible_loss_weight=visible_weight)
@@ -103,8 +107,24 @@ def test_each_image_weighs_as_much_in_the_loss_of_tokens_as_in_lightly(visible_w
 def test_the_loss_of_tokens_by_hand():
     targets_RK, logits_RK = torch.tensor([[1.0, 0], [0.5, 0.5]]), torch.tensor([[0.0, 0], [0.2, 0]])
     second = 0.5 * math.log(1 + math.exp(-2)) + 0.5 * math.log(1 + math.exp(2))
-    loss = token_loss(targets_RK, logits_RK, torch.tensor([2.0, 0.5]), 0.1)
+    loss = token_loss(targets_RK.__getitem__, logits_RK, torch.eye(2), torch.tensor([2.0, 0.5]), 0.1)
     assert float(loss) == pytest.approx(2 * math.log(2) + 0.5 * second)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7])
+def test_the_loss_of_tokens_in_chunks_has_the_gradients_of_the_whole(rows):
+    targets_RK, weights_R = random(rows, 5).softmax(-1), random(rows, seed=1).abs()
+    found = []
+    for elements in (None, 10):
+        points_RC, prototypes_KC = random(rows, 3, seed=2).requires_grad_(), random(5, 3, seed=3).requires_grad_()
+        if elements:
+            loss = token_loss(targets_RK.__getitem__, points_RC, prototypes_KC, weights_R, 0.1, elements)
+        else:
+            log_RK = (points_RC @ prototypes_KC.T / 0.1).log_softmax(-1)
+            loss = -(weights_R * (targets_RK * log_RK).sum(-1)).sum()
+        (3 * loss).backward()
+        found.append((loss.detach(), points_RC.grad, prototypes_KC.grad))
+    assert_close(*found)
 
 
 def test_koleo_is_of_the_nearest_of_all_ranks_gradients_too(tmp_path):
