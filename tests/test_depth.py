@@ -73,7 +73,7 @@ def test_sums_are_in_float32_whatever_the_weights_type():
     module.on_validation_epoch_start()
     batch = batch_of(depths())
     module.validation_step({"depth": batch}, 0)
-    assert module._scored["depth"]["mae"].sum_abs_error.dtype == torch.float32
+    assert module._scores._filled["depth"]["mae"].sum_abs_error.dtype == torch.float32
 
 
 def test_an_image_does_not_depend_on_the_others():
