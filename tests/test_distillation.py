@@ -172,6 +172,7 @@ def test_a_run_goes_on_bit_equal_in_mid_epoch(tmp_path, monkeypatch, capsys):
     assert "val/contrastive/zero_shot" in (whole / "runs" / "experiment" / "metrics.json").read_text()
 
 
+@pytest.mark.slow
 def test_shards_and_micro_batches_end_at_the_weights_of_ddp(tmp_path):
     """Two ranks, of which the first makes the cache; towers in float64."""
     found = {}

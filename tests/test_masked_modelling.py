@@ -258,6 +258,7 @@ def exact(steps, micro_batches=1, **trainer):
     return tree
 
 
+@pytest.mark.slow
 def test_ranks_shards_and_micro_batches_are_one_batch(tmp_path):
     runs = {"whole": (exact(3), 1), "parts": (exact(3, micro_batches=3), 1)}
     runs["ddp"] = exact(3, strategy="ddp"), 2
@@ -272,6 +273,7 @@ def test_ranks_shards_and_micro_batches_are_one_batch(tmp_path):
         assert largest_difference(ends["whole"], ends[name]) < 1e-9, name
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
     """Stopped when a head is about to begin, and after."""
     monkeypatch.syspath_prepend(tmp_path)

@@ -20,7 +20,7 @@ from indiclip.training.cli import run
 
 ROOT = Path(__file__).parent.parent
 METHODS = {file.stem: file for file in sorted((ROOT / "conf" / "methods").glob("*.yaml"))}
-QUICK = {"captioning", "distillation", "mixup", "siglip2"}  # one of each kind of change: head, cache, batch, views
+QUICK = {"captioning", "mixup"}
 EACH = [
     pytest.param(name, marks=() if name in QUICK else pytest.mark.slow, id=name)
     for name in METHODS

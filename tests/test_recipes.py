@@ -51,6 +51,7 @@ def data(tmp_path_factory):
     return india(tmp_path_factory.mktemp("india") / "data")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "tokens", "last"), [("india_b16", (49, 196, 36), 4), ("india_l14", (64, 256, 49), 3)])
 def test_every_stage_of_a_recipe_trains(name, tokens, last, data, tmp_path, monkeypatch):
     """Ten steps: six on few tokens, two at the full size and with body surfaces, two of self-distillation too; the

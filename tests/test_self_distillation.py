@@ -226,6 +226,7 @@ def experiment(start=0.5, momentum=0.8, **options):
     return tree
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_as_if_it_were_not(tmp_path, monkeypatch):
     """At the step in which the teacher begins, and behind it."""
     monkeypatch.syspath_prepend(tmp_path)
@@ -260,6 +261,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_were_not(tmp_path, monkeypatch):
         assert all(torch.equal(resumed[name], value) for name, value in state.items())
 
 
+@pytest.mark.slow
 def test_shards_end_at_the_weights_of_ddp(tmp_path):
     """Towers in float64; one teacher with a backbone and one without; a validation comes before they begin."""
     found = {}

@@ -37,6 +37,7 @@ def run(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_three_kills_lose_nothing(run, tmp_path):
     at = tmp_path / "runs" / "experiment" / "checkpoints"
     content = {"last.ckpt", "manifest.json"}

@@ -57,7 +57,9 @@ def largest_difference(first, second):
     return max((first[name].double() - second[name].double()).abs().max().item() for name in first)
 
 
-@pytest.mark.parametrize(("copies", "shards"), [(1, 2), (2, 2)], ids=["fsdp", "hsdp"])
+@pytest.mark.parametrize(
+    ("copies", "shards"), [(1, 2), pytest.param(2, 2, marks=pytest.mark.slow)], ids=["fsdp", "hsdp"]
+)
 def test_ten_steps_end_at_the_weights_of_ddp(copies, shards, tmp_path):
     """Against torch's DDP on as many ranks, with towers in float64: the steps are so long that noise grows fast."""
     found = {}

@@ -97,6 +97,7 @@ def done(tmp_path_factory):
     return folder / "tiny.yaml", folder / "runs" / "tiny", statuses
 
 
+@pytest.mark.slow
 def test_a_stopped_study_goes_on_and_what_is_done_is_not_repeated(done, capsys):
     file, folder, statuses = done
     assert statuses == [128 + signal.SIGTERM, 0]
@@ -111,6 +112,7 @@ def test_a_stopped_study_goes_on_and_what_is_done_is_not_repeated(done, capsys):
     assert "0 runs are left: about 0.00 CPU-hours" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_arms_have_equal_flops_within_a_step_and_are_scored_at_equal_steps(done):
     file, folder, _ = done
     of = study.Study(read_grid(file), folder)
@@ -133,6 +135,7 @@ def test_arms_have_equal_flops_within_a_step_and_are_scored_at_equal_steps(done)
     assert compared.own.value == pytest.approx(np.mean(at_equal_steps))
 
 
+@pytest.mark.slow
 def test_the_page_has_every_number_and_the_commands(done):
     file, folder, _ = done
     page, table = (folder / "study.html").read_text(), (folder / "study.md").read_text()
@@ -161,6 +164,7 @@ def test_the_page_has_every_number_and_the_commands(done):
     assert row == f"| wide | {relative:.2f} | {wide.steps} | {of.verdict} {numbers} |"
 
 
+@pytest.mark.slow
 def test_an_arm_of_which_a_seed_diverged_is_not_judged_by_the_others(done, tmp_path):
     """The page says which run, and the table says so in place of a verdict."""
     file, folder, _ = done
@@ -179,6 +183,7 @@ def test_an_arm_of_which_a_seed_diverged_is_not_judged_by_the_others(done, tmp_p
     assert "1 of 2 seeds" in page
 
 
+@pytest.mark.slow
 def test_the_best_rate_is_chosen_for_each_arm_and_never_one_that_diverged(done, tmp_path):
     """Of trials that are written down, as training would: some that ended in NaN or stopped, and some that did not. The
     next runs have the chosen rates, and fewer seeds where the grid says so."""
@@ -214,6 +219,7 @@ def test_the_best_rate_is_chosen_for_each_arm_and_never_one_that_diverged(done, 
         tried.rate("wide")
 
 
+@pytest.mark.slow
 def test_other_configs_in_the_folder_of_a_study_are_refused(done, capsys):
     """What they say counts, not their comments: a page may be given its verdict."""
     file, folder, _ = done
@@ -309,6 +315,7 @@ def test_what_is_prepared_is_made_once_and_by_one_command(tmp_path):
         [*Prepared(read_grid(grid(tmp_path, prepare=items)), root).todo()]
 
 
+@pytest.mark.slow
 def test_a_plan_before_anything_is_prepared_is_of_the_other_arms(done, capsys):
     """The arm that needs a teacher's run cannot be counted yet."""
     file, folder, _ = done
@@ -323,6 +330,7 @@ def test_a_plan_before_anything_is_prepared_is_of_the_other_arms(done, capsys):
     assert [line.split()[0] for line in out.splitlines()[-3:]] == ["plain", "wide", "4"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_in_one_line(done, monkeypatch, capsys):
     file, folder, _ = done
 
