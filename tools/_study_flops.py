@@ -27,6 +27,11 @@ class Counted:
     flops: float
     stages: tuple[tuple[int, float], ...]
 
+    @property
+    def step_flops(self) -> float:
+        """FLOPs of a step, the mean over the run."""
+        return self.flops / self.steps
+
     def flops_until(self, step: float) -> float:
         """FLOPs of the first so many steps, or of a part of one."""
         ends = [*(begin for begin, _ in self.stages[1:]), self.steps]

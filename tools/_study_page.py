@@ -150,7 +150,7 @@ def _costs(study: Study, results: Results, costs: Costs) -> list[dict[str, Any]]
                 "stages": counted.stages,
                 "steps": counted.steps,
                 "flops": counted.flops,
-                "relative": counted.flops / counted.steps / (control.flops / control.steps),
+                "relative": counted.step_flops / control.step_flops,
                 "step_seconds": costs.step(arm),
                 "seconds": sum(runs),
                 "lr": study.rate(arm),

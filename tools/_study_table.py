@@ -42,8 +42,7 @@ def markdown(
 
 def _row(results: Results, arm: str, main: list[str], tables: dict[str, dict[str, Compared]]) -> str:
     grid, counted = results.grid, results.study.counted
-    control = counted[grid.control]
-    relative = counted[arm].flops / counted[arm].steps / (control.flops / control.steps)
+    relative = counted[arm].step_flops / counted[grid.control].step_flops
     if arm == grid.control:
         values = [[*results.values(arm, name).values()] for name in main]
         cells = [f"{np.mean(of):.3f}" if of else "–" for of in values]

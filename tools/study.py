@@ -118,7 +118,7 @@ class Study:
         """CPU-seconds of a step; of an arm that was not timed by its FLOPs, as fast as those that were."""
         if own := costs.step(arm):
             return own
-        flops = {name: counted.flops / counted.steps for name, counted in self.counted.items()}
+        flops = {name: counted.step_flops for name, counted in self.counted.items()}
         rates = [flops[name] / seconds for name in flops if (seconds := costs.step(name))]
         return flops[arm] / (median(rates) if rates else _FLOPS)
 
