@@ -9,7 +9,7 @@ losses, R micro-batches.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from indiclip.losses import caption_ids
 from indiclip.masked_metric import MaskedMetric
 from indiclip.masked_towers import Masked, MaskedImageTower, MaskedTextTower, tokens_of
 from indiclip.mismatched_pairs import Keys, half_a_batch_on, hard_texts, tokens_of_all_ranks
-from indiclip.multimodal_encoder import MultimodalEncoder, Tokens, matching_head, prediction_head
+from indiclip.multimodal_encoder import MultimodalEncoder, PredictionHead, Tokens, matching_head
 from indiclip.names import check_choice
 from indiclip.patch_codebook import Codebook, PatchCodebook
 from indiclip.teacher import Teacher
@@ -144,7 +144,7 @@ class MaskedModelling(Head):
         of_text = {"mlm": text.width, "mmm_text": self.width}
         sizes = {name: (width, answers) for name, width in of_image.items()}
         sizes |= {name: (width, text.tokenizer.vocab_size) for name, width in of_text.items()}
-        self.predictors = nn.ModuleDict({name: prediction_head(*sizes[name]) for name in self.losses if name in sizes})
+        self.predictors = nn.ModuleDict({name: PredictionHead(*sizes[name]) for name in self.losses if name in sizes})
         self.images = self.texts = self.multimodal = self.matching = None
         if self.reads_images:
             self.images = MaskedImageTower(backbone, self.image_ratio, self._image_targets(encoder))
@@ -193,7 +193,7 @@ class MaskedModelling(Head):
     def loss(self, features: Features, batch: Batch, encoder: "Encoder") -> WholeBatch:
         captions = self.target(batch, "caption") if self.reads_text else None
         found, pairs = self._read(batch, captions, encoder)
-        sums = {name: self._sum(name, guess, of) for name, (guess, of) in found.items()}
+        sums = {name: self._sum(name, tokens_KD, of) for name, (tokens_KD, of) in found.items()}
         numbers = {name: float(sum(of.counts)) for name, (_, of) in found.items()}
         rows: dict[str, Tensor] = {}
         for _, of in found.values():
@@ -231,8 +231,8 @@ class MaskedModelling(Head):
         """Read masked images, and texts where there are captions.
 
         Returns:
-            The guesses of each masked loss, with what they are of; and of the pairs the class token's vector, and the
-            tokens as the multimodal encoder takes them.
+            Of each masked loss the vectors (K, D) of what was hidden, with what it was; and of the pairs the class
+            token's vector, and the tokens as the multimodal encoder takes them.
         """
         seeds = random_seeds(batch)
         vectors: dict[str, tuple[Tensor, Masked]] = {}
@@ -249,18 +249,20 @@ class MaskedModelling(Head):
             vectors |= {"mmm_image": (image_BNW, image), "mmm_text": (text_BTW, text)}
             pairs = (class_BW, *both)
         found = {}
-        for name, predictor in self.predictors.items():
-            if name in vectors:
-                tokens_BND, of = vectors[name]
-                found[name] = predictor(tokens_BND.flatten(0, 1).index_select(0, of.places_K)), of
+        for name in self.predictors:
+            if name not in vectors:
+                continue
+            tokens_BND, of = vectors[name]
+            found[name] = tokens_BND.flatten(0, 1).index_select(0, of.places_K), of
         return found, pairs
 
-    def _sum(self, name: str, guess: Tensor, of: Masked) -> Tensor:
+    def _sum(self, name: str, tokens_KD: Tensor, of: Masked) -> Tensor:
         """The sum of the losses of all that was hidden."""
+        predictor = cast(PredictionHead, self.predictors[name])
         if of.targets.is_floating_point():
-            errors_KD = F.smooth_l1_loss(in_float32(guess), of.targets, reduction="none", beta=_BETA)
+            errors_KD = F.smooth_l1_loss(in_float32(predictor(tokens_KD)), of.targets, reduction="none", beta=_BETA)
             return errors_KD.mean(1).sum()
-        total = _cross_entropies(guess, of.targets).sum()
+        total = predictor.cross_entropy(tokens_KD, of.targets)
         return total * self.codebook.is_learned if self.codebook is not None and name in _OF_PATCHES else total
 
     def _keys(self, features: Features, batch: Batch, captions: Any, encoder: "Encoder") -> dict[str, Tensor]:
@@ -306,9 +308,9 @@ class MaskedModelling(Head):
         known = captions if all(caption is not None for caption in captions) else None
         found, _ = self._read(batch, known, encoder)
         predictions: list[Prediction] = [{} for _ in captions]
-        for name, (guess, of) in found.items():
-            vectors = of.targets.is_floating_point()
-            both = torch.stack([in_float32(guess) if vectors else guess.argmax(1), of.targets])
+        for name, (tokens_KD, of) in found.items():
+            guess = in_float32(self.predictors[name](tokens_KD))
+            both = torch.stack([guess if of.targets.is_floating_point() else guess.argmax(1), of.targets])
             for prediction, part, hidden in zip(predictions, torch.split(both, of.counts, 1), of.hidden, strict=True):
                 prediction[name] = part
                 if name in _OF_PATCHES:

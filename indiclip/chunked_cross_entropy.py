@@ -47,15 +47,21 @@ def rows_of_chunk(columns: int, device_type: str, elements: int | None = None) -
 
 
 def chunked_cross_entropy(
-    hidden_TD: Tensor, table_VD: Tensor, targets_T: Tensor, weights_T: Tensor, elements: int | None = None
+    hidden_TD: Tensor,
+    table_VD: Tensor,
+    targets_T: Tensor,
+    weights_T: Tensor,
+    bias_V: Tensor | None = None,
+    elements: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum of the tokens' cross entropies, in float32 (or float64).
 
     Args:
-        hidden_TD: What the logits are made of: `hidden_TD @ table_VD.T`, in autocast's type where that is on.
+        hidden_TD: What the logits are made of: `hidden_TD @ table_VD.T + bias_V`, in autocast's type where that is on.
         table_VD: A row per id.
         targets_T: int64, the right ids.
         weights_T: Of each token in the sum.
+        bias_V: Of each id; None is 0.
         elements: As of `rows_of_chunk`.
 
     Returns:
@@ -63,16 +69,17 @@ def chunked_cross_entropy(
     """
     device = hidden_TD.device.type
     step = rows_of_chunk(len(table_VD), device, elements)
-    wanted = torch.is_grad_enabled() and (hidden_TD.requires_grad or table_VD.requires_grad)
     hidden_TD = in_float32(hidden_TD)
+    inputs = [hidden_TD, table_VD] if bias_V is None else [hidden_TD, table_VD, bias_V]
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     # Gradients of float16 are scaled later, and until then it would lose those of improbable ids.
     lower = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != torch.float16
     with torch.no_grad():
-        hidden_gradient_TD, table_gradient_VD = torch.zeros_like(hidden_TD), torch.zeros_like(table_VD)
+        gradients = [torch.zeros_like(x) for x in inputs] if wanted else []
         losses: list[Tensor] = []
         for first in range(0, len(hidden_TD), step):
             rows = slice(first, first + step)
-            logits_RV = in_float32(F.linear(hidden_TD[rows], table_VD))
+            logits_RV = in_float32(F.linear(hidden_TD[rows], table_VD, bias_V))
             target_R1, norm_R1 = targets_T[rows, None], logits_RV.logsumexp(1, keepdim=True)
             losses.append((norm_R1 - logits_RV.gather(1, target_R1))[:, 0])
             if wanted:
@@ -80,10 +87,12 @@ def chunked_cross_entropy(
                 ones_R1 = torch.ones_like(norm_R1)
                 gradient_RV = probs_RV.scatter_add_(1, target_R1, -ones_R1).mul_(weights_T[rows, None])
                 with torch.autocast(device, enabled=lower):
-                    hidden_gradient_TD[rows] = (gradient_RV @ table_VD).to(hidden_TD.dtype)
-                    table_gradient_VD += gradient_RV.T @ hidden_TD[rows]
+                    gradients[0][rows] = (gradient_RV @ table_VD).to(hidden_TD.dtype)
+                    gradients[1] += gradient_RV.T @ hidden_TD[rows]
+                if bias_V is not None:
+                    gradients[2] += gradient_RV.sum(0)
         losses_T = torch.cat(losses) if losses else weights_T[:0]
         total = (losses_T * weights_T).sum()
     if wanted:
-        total = with_gradients(total, [hidden_gradient_TD, table_gradient_VD], [hidden_TD, table_VD])
+        total = with_gradients(total, gradients, inputs)
     return total, losses_T

@@ -10,6 +10,8 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from indiclip.chunked_cross_entropy import chunked_cross_entropy
+
 
 class Tokens(NamedTuple):
     """Tokens of one kind with padding.
@@ -64,9 +66,19 @@ class MultimodalEncoder(nn.Module):
         return cast(Tensor, first[:, 0]), image_BNW, text_BTW
 
 
-def prediction_head(width: int, number: int) -> nn.Sequential:
+class PredictionHead(nn.Sequential):
     """From a hidden token's vector to `number` logits, or to the numbers of a vector, as BERT's and FLAVA's."""
-    return nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width), nn.Linear(width, number))
+
+    def __init__(self, width: int, number: int) -> None:
+        super().__init__(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width), nn.Linear(width, number))
+
+    def cross_entropy(self, tokens_KD: Tensor, targets_K: Tensor) -> Tensor:
+        """The sum of the tokens' cross entropies; the logits of a few of them are held at a time."""
+        *transform, answers = cast(list[nn.Linear], [*self])
+        for layer in transform:
+            tokens_KD = layer(tokens_KD)
+        weights_K = torch.ones(targets_K.shape, device=targets_K.device)
+        return chunked_cross_entropy(tokens_KD, answers.weight, targets_K, weights_K, answers.bias)[0]
 
 
 def matching_head(width: int) -> nn.Sequential:

@@ -18,13 +18,16 @@ def inputs(dtype=torch.float64):
 
 
 @pytest.mark.parametrize("elements", [1, 4 * IDS + 7, TOKENS * IDS, None])
-def test_loss_and_gradients_are_those_of_whole_logits(elements):
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_loss_and_gradients_are_those_of_whole_logits(elements, has_bias):
     """Oracle: `F.cross_entropy` on all logits, in float64; chunks of one row, of four, and all at once."""
     hidden_TD, table_VD, targets_T, weights_T = inputs()
-    expected_T = F.cross_entropy(hidden_TD @ table_VD.T, targets_T, reduction="none")
-    expected = torch.autograd.grad(3 * (expected_T * weights_T).sum(), (hidden_TD, table_VD))
-    total, losses_T = chunked_cross_entropy(hidden_TD, table_VD, targets_T, weights_T, elements)
-    found = torch.autograd.grad(3 * total, (hidden_TD, table_VD))
+    bias_V = torch.randn(IDS, dtype=torch.float64, requires_grad=True) if has_bias else None
+    trained = [x for x in (hidden_TD, table_VD, bias_V) if x is not None]
+    expected_T = F.cross_entropy(F.linear(hidden_TD, table_VD, bias_V), targets_T, reduction="none")
+    expected = torch.autograd.grad(3 * (expected_T * weights_T).sum(), trained)
+    total, losses_T = chunked_cross_entropy(hidden_TD, table_VD, targets_T, weights_T, bias_V, elements)
+    found = torch.autograd.grad(3 * total, trained)
     torch.testing.assert_close(losses_T, expected_T.detach())
     torch.testing.assert_close(total.detach(), (expected_T * weights_T).sum().detach())
     torch.testing.assert_close(found, expected)
@@ -34,7 +37,7 @@ def test_gradients_are_the_differences_of_the_loss():
     hidden_TD, table_VD, targets_T, weights_T = inputs()
 
     def loss(hidden_TD, table_VD):
-        return chunked_cross_entropy(hidden_TD, table_VD, targets_T, weights_T, 5 * IDS)[0]
+        return chunked_cross_entropy(hidden_TD, table_VD, targets_T, weights_T, elements=5 * IDS)[0]
 
     torch.autograd.gradcheck(loss, (hidden_TD, table_VD))
 
@@ -70,7 +73,7 @@ def test_no_tensor_is_larger_than_a_chunk_and_the_inputs():
         hidden_TD, table_VD, targets_T, weights_T = inputs()
         with Largest() as found:
             if chunked:
-                total, _ = chunked_cross_entropy(hidden_TD, table_VD, targets_T, weights_T, rows * IDS)
+                total, _ = chunked_cross_entropy(hidden_TD, table_VD, targets_T, weights_T, elements=rows * IDS)
             else:
                 total = F.cross_entropy(hidden_TD @ table_VD.T, targets_T, reduction="sum")
             total.backward()
@@ -93,7 +96,7 @@ def test_in_half_precision_the_loss_is_summed_in_float32():
     """The product is rounded as autocast rounds any; the rest is that of float32."""
     hidden_TD, table_VD, targets_T, weights_T = inputs(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        total, losses_T = chunked_cross_entropy(hidden_TD, table_VD, targets_T, weights_T, 4 * IDS)
+        total, losses_T = chunked_cross_entropy(hidden_TD, table_VD, targets_T, weights_T, elements=4 * IDS)
         logits_TV = F.linear(hidden_TD, table_VD)
     assert logits_TV.dtype == torch.bfloat16
     assert total.dtype == losses_T.dtype == torch.float32
@@ -113,7 +116,7 @@ def test_float16_keeps_the_gradients_of_improbable_ids():
     expected = torch.autograd.grad((expected_T * weights_T).sum(), (hidden_TD, table_VD))
     inputs_32 = [x.detach().float().requires_grad_() for x in (hidden_TD, table_VD)]
     with torch.autocast("cpu", torch.float16):
-        total, _ = chunked_cross_entropy(*inputs_32, targets_T, weights_T.float(), 4 * IDS)
+        total, _ = chunked_cross_entropy(*inputs_32, targets_T, weights_T.float(), elements=4 * IDS)
     found = torch.autograd.grad(2**16 * total, inputs_32)
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours.double() / 2**16 - theirs).norm() < 1e-3 * theirs.norm()  # ten bits of logits up to 4

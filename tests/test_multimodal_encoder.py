@@ -5,7 +5,7 @@ from torch import nn
 from transformers import FlavaConfig, FlavaMultimodalConfig
 from transformers.models.flava.modeling_flava import FlavaITMHead, FlavaMaskedPredictionHead, FlavaMultimodalModel
 
-from indiclip.multimodal_encoder import MultimodalEncoder, Tokens, matching_head, prediction_head
+from indiclip.multimodal_encoder import MultimodalEncoder, PredictionHead, Tokens, matching_head
 
 W = 16
 SMALL = {"hidden_size": W, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 4 * W}
@@ -48,7 +48,7 @@ def test_it_is_flavas_encoder_and_padding_changes_nothing():
 def test_heads_are_flavas():
     torch.manual_seed(0)
     x_BLW = torch.randn(3, 4, W)
-    ours = prediction_head(W, 7)
+    ours = PredictionHead(W, 7)
     theirs = FlavaMaskedPredictionHead(FlavaMultimodalConfig(**SMALL, vocab_size=7, layer_norm_eps=1e-5))
     names = {"0": "transform.dense", "2": "transform.LayerNorm", "3": "decoder"}
     state = {f"{names[key[0]]}{key[1:]}": value for key, value in ours.state_dict().items()}
@@ -60,3 +60,15 @@ def test_heads_are_flavas():
     names = {"0": "pooler.dense", "2": "seq_relationship"}
     theirs.load_state_dict({f"{names[key[0]]}{key[1:]}": value for key, value in ours.state_dict().items()})
     torch.testing.assert_close(ours(x_BLW[:, 0]), theirs(x_BLW))
+
+
+def test_cross_entropy_of_a_prediction_head_is_that_of_its_logits():
+    """Oracle: torch's on all logits in float64, with the gradients of all weights."""
+    torch.manual_seed(0)
+    head = PredictionHead(W, 7).double()
+    tokens_KD, targets_K = torch.randn(5, W, dtype=torch.float64, requires_grad=True), torch.randint(7, (5,))
+    trained = [tokens_KD, *head.parameters()]
+    expected = nn.functional.cross_entropy(head(tokens_KD), targets_K, reduction="sum")
+    found = head.cross_entropy(tokens_KD, targets_K)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, trained), torch.autograd.grad(expected, trained))
