@@ -5,7 +5,7 @@ shipped configs.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,16 @@ def find_config(name: str) -> Path:
     if plain in shipped:
         return shipped[plain]
     near = nearest_beside(file, "*.y*ml") or did_you_mean(plain, shipped)
-    raise FileNotFoundError(f"--config: no file {name}{near}; shipped are {', '.join(shipped)}")
+    raise FileNotFoundError(f"--config: no file {name}{near}; shipped are {', '.join(_listed(plain, shipped))}")
+
+
+def _listed(plain: str, shipped: Iterable[str]) -> list[str]:
+    """The shipped names of the folder that a name asks for, with its folders; of all where it has no such folder."""
+    folder = f"{Path(plain).parent}/"
+    if not any(name.startswith(folder) for name in shipped):
+        folder = ""
+    parts = [name.removeprefix(folder).partition("/") for name in shipped if name.startswith(folder)]
+    return list(dict.fromkeys(f"{folder}{first}{slash}" for first, slash, _ in parts))
 
 
 def find_configs(words: list[str]) -> list[str]:

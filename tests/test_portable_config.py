@@ -207,9 +207,11 @@ def test_a_shipped_config_is_found_by_its_name_and_the_nearest_is_said(tmp_path,
     assert find_config("quickstart") == find_config("conf/quickstart.yaml") == SHIPPED / "quickstart.yaml"
     assert find_config("evals/india") == SHIPPED / "evals" / "india.yaml"
     assert run(["fit", "--config", "quikstart"]) == 2
-    assert "--config: no file quikstart; nearest is 'quickstart'" in capsys.readouterr().err
+    assert "--config: no file quikstart; nearest is 'quickstart'; shipped are " in (said := capsys.readouterr().err)
+    assert " methods/," in said
+    assert "methods/ema" not in said
     assert main(["check", "--config", "heads/detectoin"]) == 2
-    assert "nearest is 'heads/detection'" in capsys.readouterr().err
+    assert "nearest is 'heads/detection'; shipped are heads/counting," in capsys.readouterr().err
     (tmp_path / "quickstart").write_text("model: {}")
     assert find_config("quickstart") == Path("quickstart")  # a file of the user's own comes first
 
