@@ -63,12 +63,8 @@ class Slice:
         try:
             while not self.signal and time.monotonic() < self.end:
                 self._reap()
-                busy = {task.key for task, _ in self._running.values()}
-                without = {arm for arm, _, _ in self.failed}
-                open_tasks = [task for task in todo() if task.key not in busy and task.key[0] not in without]
-                while len(self._running) < self.jobs and (task := self._next(open_tasks)) is not None:
-                    open_tasks.remove(task)
-                    self._start(task)
+                if len(self._running) < self.jobs:  # else not: to list what is left reads every file of the study
+                    self._fill(todo())
                 if not self._running:
                     break
                 multiprocessing.connection.wait([process.sentinel for process in self._running], timeout=1.0)
@@ -76,6 +72,15 @@ class Slice:
             self._stop()
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _fill(self, tasks: Iterator[Task]) -> None:
+        """Start as many as may run."""
+        busy = {task.key for task, _ in self._running.values()}
+        without = {arm for arm, _, _ in self.failed}
+        open_tasks = [task for task in tasks if task.key not in busy and task.key[0] not in without]
+        while len(self._running) < self.jobs and (task := self._next(open_tasks)) is not None:
+            open_tasks.remove(task)
+            self._start(task)
 
     def _note(self, number: int, _: Any) -> None:
         self.signal = self.signal or number
