@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -28,7 +29,7 @@ from _study_prepare import Prepared
 from _study_results import Results
 from _study_runs import common_step
 from _study_scores import check_scores
-from _study_slice import Slice
+from _study_slice import Slice, Task
 
 ROOT = Path(__file__).parents[1]
 WIDE = "--model.encoder.backbone.init_args.width=64"
@@ -313,6 +314,19 @@ def test_what_is_prepared_is_made_once_and_by_one_command(tmp_path):
     items["first"]["command"] += " 1"
     with pytest.raises(ValueError, match="prepare.first: was made by another command"):
         [*Prepared(read_grid(grid(tmp_path, prepare=items)), root).todo()]
+
+
+def test_what_is_left_is_listed_only_where_a_process_may_start():
+    """And not whenever the slice looks at the time, each second."""
+    listed = []
+
+    def todo():
+        listed.append(len(listed))
+        if listed == [0]:
+            yield Task(("arm", "run", "train"), 1.0, partial(time.sleep, 2.2), lambda status: "")
+
+    Slice(1, 5.0).work(todo)
+    assert listed == [0, 1]
 
 
 @pytest.mark.slow
