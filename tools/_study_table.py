@@ -29,7 +29,7 @@ def markdown(
     grid = results.grid
     lines = [f"# {grid.title}", ""]
     for equal in ("FLOPs", "steps"):
-        lines += [f"## At equal {equal}", "", f"| arm | FLOPs a step | steps | {' | '.join(main)} |"]
+        lines += [f"## At equal {equal}", "", f"| {' | '.join(['arm', 'FLOPs a step', 'steps', *main])} |"]
         lines += ["|---" * (3 + len(main)) + "|"]
         arms = [arm for arm in grid.arms if equal == "FLOPs" or arm not in grid.not_at_equal_steps]
         lines += [_row(results, arm, main, {name: tables[equal][name] for name in main}) for arm in arms]
@@ -48,7 +48,7 @@ def _row(results: Results, arm: str, main: list[str], tables: dict[str, dict[str
         cells = [f"{np.mean(of):.3f}" if of else "–" for of in values]
     else:
         cells = [cell(tables[name].get(arm)) for name in main]
-    return f"| {grid.shown_arm(arm)} | {relative:.2f} | {counted[arm].steps} | {' | '.join(cells)} |"
+    return f"| {' | '.join([grid.shown_arm(arm), f'{relative:.2f}', str(counted[arm].steps), *cells])} |"
 
 
 def cell(of: Compared | None) -> str:
