@@ -13,8 +13,8 @@ import numpy as np
 MaskKind = Literal["block", "random"]
 Grid = tuple[int, int]
 
-_MIN_BLOCK = 4  # tokens of a rectangle, and its least aspect: of iBOT (arXiv:2111.07832), which takes BEiT's masks
-_MIN_ASPECT = 0.3
+_MIN_BLOCK = 4  # tokens of a rectangle: DINOv2's (arXiv:2304.07193), whatever the grid
+_MIN_ASPECT = 0.3  # of a rectangle, as BEiT's (arXiv:2106.08254)
 _ATTEMPTS = 100
 
 
@@ -47,13 +47,14 @@ def masks_of(
     return masks
 
 
-def block_mask(rng: np.random.Generator, grid_hw: Grid, number: int) -> np.ndarray:
+def block_mask(rng: np.random.Generator, grid_hw: Grid, number: int, least: int = _MIN_BLOCK) -> np.ndarray:
     """Rectangles at random places, until no other fits; what they leave of the number is single tokens.
 
     Args:
         rng: What is drawn with.
         grid_hw: H and W.
         number: Of hidden tokens.
+        least: Tokens of a rectangle.
 
     Returns:
         bool (H, W).
@@ -61,9 +62,9 @@ def block_mask(rng: np.random.Generator, grid_hw: Grid, number: int) -> np.ndarr
     mask_HW = np.zeros(grid_hw, bool)
     for _ in range(_ATTEMPTS):
         left = number - int(mask_HW.sum())
-        if left < _MIN_BLOCK:
+        if left < least:
             break
-        area, log_aspect = rng.uniform(_MIN_BLOCK, left), rng.uniform(-1, 1) * math.log(_MIN_ASPECT)
+        area, log_aspect = rng.uniform(least, left), rng.uniform(-1, 1) * math.log(_MIN_ASPECT)
         sides = (math.sqrt(area) * math.exp(sign * log_aspect / 2) for sign in (1, -1))
         height, width = (min(max(round(side), 1), most) for side, most in zip(sides, grid_hw, strict=True))
         top, first = rng.integers(grid_hw[0] - height + 1), rng.integers(grid_hw[1] - width + 1)

@@ -14,7 +14,8 @@ from indiclip.types import Images
 def hidden_patches(images: Images, patch_size: int, ratio: float, seeds: Sequence[int]) -> np.ndarray:
     """Which patches of each image are hidden, bool (B, N): a share of them, in blocks as BEiT's (arXiv:2106.08254).
 
-    Of an image some of whose patches were dropped they are any, as the host does not know where the others lie.
+    A block has 16 patches at least on a grid of 14 x 14, and as iBOT's (arXiv:2111.07832) fewer on smaller ones. Of an
+    image some of whose patches were dropped they are any, as the host does not know where the others lie.
 
     Args:
         images: Of any size.
@@ -28,7 +29,8 @@ def hidden_patches(images: Images, patch_size: int, ratio: float, seeds: Sequenc
         number = min(max(round(ratio * count), 1), count - 1)
         rng = np.random.default_rng([seed, 1])
         if rows * columns == count:
-            hidden_N[:count] = block_mask(rng, (rows, columns), number).ravel()
+            least = max(min(rows, columns) // 3, 1) ** 2
+            hidden_N[:count] = block_mask(rng, (rows, columns), number, least).ravel()
         else:
             hidden_N[rng.permutation(count)[:number]] = True
     return hidden_BN

@@ -70,7 +70,8 @@ class Fixed(TaskWeights):
 class Uncertainty(TaskWeights):
     """Weights learned as the tasks' uncertainty (Kendall, Gal, Cipolla, CVPR 2018, arXiv:1705.07115).
 
-    exp(-s) * loss + s instead of the loss, which is equation 10 with s = log sigma^2, learned for each head from 0 on.
+    exp(-s) * loss + s instead of the loss: twice what equation 10 has for regression, with s = log sigma^2, for every
+    loss. Each head's s is learned from 0 on.
     """
 
     def bind(self, weights: Mapping[str, float]) -> None:

@@ -28,3 +28,16 @@ def test_a_share_of_the_tokens_is_hidden_but_never_those_that_every_text_has():
     shares = np.bincount(seen, minlength=22) / 2000
     assert shares[[0, 21]].tolist() == [0, 0]
     assert np.abs(shares[1:21] - 3 / 20).max() < 0.04  # five standard deviations
+
+
+def test_a_block_has_16_patches_on_a_grid_of_14_by_14():
+    """BEiT's least: where fewer are to be hidden, no block fits, and where as many are, some block does."""
+    images = batch_images([noise(14 * 8, 14 * 8)] * 20, 8, 14 * 14)
+
+    def alike(number):  # share of the patches that are hidden as the one above them is
+        hidden = hidden_patches(images, 8, number / 14**2, [*range(20)]).reshape(20, 14, 14)
+        assert set(hidden.sum((1, 2))) == {number}
+        return (hidden[:, 1:] & hidden[:, :-1]).sum() / hidden.sum()
+
+    assert alike(15) < 0.15  # of single ones 15 / 196
+    assert alike(20) > 0.5

@@ -136,7 +136,7 @@ def test_images_are_those_of_torchvision_bit_by_bit(magnitude):
 @pytest.mark.parametrize(
     ("magnitude", "expected"),
     [
-        (0, {"Rotate": 0, "Posterize": 0, "Solarize": 0, "Color": -0.9, "ShearX": 0, "Cutout": 0, "SolarizeAdd": 0}),
+        (0, {"Rotate": 0, "Posterize": 1, "Solarize": 0, "Color": -0.9, "ShearX": 0, "Cutout": 0, "SolarizeAdd": 0}),
         (10, {"Rotate": 30, "Posterize": 4, "Solarize": 256 / 255, "Color": 0.9, "ShearX": 0.3, "TranslateX": 100}),
         (15, {"Rotate": 45, "Posterize": 6, "Brightness": 1.8, "TranslateY": 150, "Cutout": 60, "SolarizeAdd": 165}),
         (20, {"Rotate": 60, "Posterize": 8, "Sharpness": 2.7, "ShearY": 0.6, "Cutout": 80, "SolarizeAdd": 220}),

@@ -42,13 +42,19 @@ def _enhance(bins: int, height: int, width: int) -> Tensor:
     return _levels(bins) * 1.8 - 0.9  # torchvision adds 1: from nearly black, or grey, on
 
 
-# Some get weaker: from magnitude 10 on Solarize does nothing, from 20 on Posterize. At 0 many do much.
+def _bits(bins: int, height: int, width: int) -> Tensor:
+    """That Posterize leaves. One at least: of an 8-bit number TensorFlow moves no more than 7 bits out."""
+    return (_levels(bins) * 4).int().clamp(1, 8)
+
+
+# Some get weaker: from magnitude 10 on Solarize does nothing, from 20 on Posterize. At 0 many do much. Contrast is
+# torchvision's, about the mean grey: big_vision's is about an image's number of pixels / 256, clipped to 255.
 BIG_VISION: Space = {
     "AutoContrast": (_none, False),
     "Equalize": (_none, False),
     "Invert": (_none, False),
     "Rotate": (lambda bins, height, width: _levels(bins) * 30, True),
-    "Posterize": (lambda bins, height, width: (_levels(bins) * 4).int().clamp(max=8), False),  # bits that stay
+    "Posterize": (_bits, False),
     "Solarize": (lambda bins, height, width: (_levels(bins) * 256).int() / 255, False),  # of 255
     "Color": (_enhance, False),
     "Contrast": (_enhance, False),
