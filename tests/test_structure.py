@@ -64,7 +64,7 @@ ARROWS = {
     ),
     "masked_metric.py": "head",
     "mismatched_pairs.py": "distributed multimodal_encoder",
-    "multimodal_encoder.py": "",
+    "multimodal_encoder.py": "chunked_cross_entropy",
     "patch_codebook.py": "types names distributed moving_average",
     "strict_yaml.py": "",
     "masking.py": "",
