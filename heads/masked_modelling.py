@@ -248,13 +248,12 @@ class MaskedModelling(Head):
             class_BW, image_BNW, text_BTW = self.multimodal(*both)
             vectors |= {"mmm_image": (image_BNW, image), "mmm_text": (text_BTW, text)}
             pairs = (class_BW, *both)
-        found = {}
-        for name in self.predictors:
-            if name not in vectors:
-                continue
-            tokens_BND, of = vectors[name]
-            found[name] = tokens_BND.flatten(0, 1).index_select(0, of.places_K), of
-        return found, pairs
+        hidden = {
+            name: (tokens_BND.flatten(0, 1).index_select(0, of.places_K), of)
+            for name, (tokens_BND, of) in vectors.items()
+            if name in self.predictors
+        }
+        return hidden, pairs
 
     def _sum(self, name: str, tokens_KD: Tensor, of: Masked) -> Tensor:
         """The sum of the losses of all that was hidden."""

@@ -74,9 +74,10 @@ class PredictionHead(nn.Sequential):
 
     def cross_entropy(self, tokens_KD: Tensor, targets_K: Tensor) -> Tensor:
         """The sum of the tokens' cross entropies; the logits of a few of them are held at a time."""
-        *transform, answers = cast(list[nn.Linear], [*self])
+        *transform, last = self
         for layer in transform:
             tokens_KD = layer(tokens_KD)
+        answers = cast(nn.Linear, last)
         weights_K = torch.ones(targets_K.shape, device=targets_K.device)
         return chunked_cross_entropy(tokens_KD, answers.weight, targets_K, weights_K, answers.bias)[0]
 

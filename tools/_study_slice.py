@@ -61,13 +61,14 @@ class Slice:
         """Start what is to be done, and wait for it."""
         before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
+            ended = True
             while not self.signal and time.monotonic() < self.end:
-                self._reap()
-                if len(self._running) < self.jobs:  # else not: to list what is left reads every file of the study
+                if ended:  # else nothing new can be done, and to list what is left reads every file of the study
                     self._fill(todo())
                 if not self._running:
                     break
                 multiprocessing.connection.wait([process.sentinel for process in self._running], timeout=1.0)
+                ended = self._reap()
         finally:
             self._stop()
             for number, handler in before.items():
@@ -99,14 +100,17 @@ class Slice:
         self._running[process] = (task, time.monotonic())
         print(f"{time.strftime('%H:%M')} {' '.join(task.key)}: about {task.seconds:.0f} CPU-seconds", flush=True)
 
-    def _reap(self) -> None:
-        for process in [process for process in self._running if process.exitcode is not None]:
+    def _reap(self) -> bool:
+        """Note how processes ended; whether any did."""
+        ended = [process for process in self._running if process.exitcode is not None]
+        for process in ended:
             task, since = self._running.pop(process)
             seconds = time.monotonic() - since
             self._slowdown = max(1.0, seconds / max(task.seconds, 1.0)) if task.seconds > 30 else self._slowdown
             if wrong := task.ended(process.exitcode):
                 self.failed[task.key] = wrong
                 print(f"{time.strftime('%H:%M')} {wrong}", file=sys.stderr, flush=True)
+        return bool(ended)
 
     def _stop(self) -> None:
         """End what runs: it finishes its step and saves."""
