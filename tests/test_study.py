@@ -155,14 +155,16 @@ def test_the_page_has_every_number_and_the_commands(done):
     assert "indiclip fit --config" in page
     assert "--model.encoder.backbone.init_args.width=64 --seed_everything=0" in page
     assert "http" not in page.replace("http://www.w3.org", "")
-    (row,) = (line for line in table.partition("## At equal steps")[0].splitlines() if line.startswith("| wide "))
+    at_equal_flops = table.partition("## At equal steps")[0].splitlines()
+    (row,) = (line for line in at_equal_flops if line.startswith("| wide "))
+    assert f"| untrained |  |  |  | {untrained['scenes/zero_shot@32']:.3f} |" in at_equal_flops
     done_study = study.Study(read_grid(file), folder)
     plain, wide = (done_study.counted[arm] for arm in ("plain", "wide"))
     relative = (wide.flops / wide.steps) / (plain.flops / plain.steps)
     assert 2 < relative < 2.3
     of = Results(done_study).compared("scenes/zero_shot@32", "FLOPs")["wide"]
     numbers = f"{of.own.value:+.3f} ({of.pooled.low:+.3f} to {of.pooled.high:+.3f})"
-    assert row == f"| wide | {relative:.2f} | {wide.steps} | {of.verdict} {numbers} |"
+    assert row == f"| wide | {relative:.2f} | {wide.steps} | {done_study.rate('wide'):g} | {of.verdict} {numbers} |"
 
 
 @pytest.mark.slow

@@ -11,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import yaml
 from _study_figures import curves, forest
 from _study_grid import command
@@ -19,7 +18,7 @@ from _study_results import Results
 from _study_runs import Costs, common_step
 from _study_scores import Scores, scored
 from _study_statistics import NO_DIFFERENCE, Difference
-from _study_table import ends, markdown, signed
+from _study_table import ends, markdown, mean_of, signed
 
 from indiclip import json_lines
 from indiclip.evals.reports.page import write_page
@@ -35,7 +34,7 @@ def write_study(study: Study, prepared: Prepared, failed: list[str]) -> Path:
     grid, costs = study.grid, Costs(study.root)
     main = [name for name in grid.main if name in results.names] or results.names[:4]
     tables = {equal: {name: results.compared(name, equal) for name in results.names} for equal in ("FLOPs", "steps")}
-    spent = _spent(costs)
+    spent, rows, references = _spent(costs), _costs(study, results, costs), _references(study, prepared)
     values = {
         "title": grid.title,
         "grid": grid,
@@ -44,14 +43,14 @@ def write_study(study: Study, prepared: Prepared, failed: list[str]) -> Path:
         "tables": tables,
         "forests": {name: forest(results, name, tables["FLOPs"][name]) for name in main},
         "curves": {arm: curves(results, arm) for arm in grid.arms},
-        "costs": _costs(study, results, costs),
+        "costs": rows,
         "rates": {arm: study.rates(arm) for arm in grid.arms},
         "spent": spent,
         "commands": _commands(study),
         "diverged": {
             f"{p.run.arm}, {p.run.name}": p.state()["diverged"] for p in _places(study) if "diverged" in p.state()
         },
-        "references": _references(study, prepared),
+        "references": references,
         "prepared": prepared.items,
         "skipped": _skipped(study),
         "failed": failed,
@@ -63,12 +62,12 @@ def write_study(study: Study, prepared: Prepared, failed: list[str]) -> Path:
         "ends": ends,
         "seeds_missing": lambda arm, of: _seeds_missing(results, arm, of),
         "shown_p": lambda p: "–" if not math.isfinite(p) else f"{p:.3f}" if p >= 0.0005 else "<0.001",
-        "mean_of": lambda numbers: f"{np.mean([*numbers]):.3f}" if numbers else "–",
+        "mean_of": mean_of,
         "shown_arm": grid.shown_arm,
         "scored_at": lambda arm, equal: _scored_at(study, arm, equal),
     }
     end = f"{sum(spent.values()) / 3600:.1f} CPU-hours, {values['dates']}. {values['machine']}."
-    json_lines.write_whole(study.root / "study.md", markdown(results, main, tables, end).encode())
+    json_lines.write_whole(study.root / "study.md", markdown(results, main, tables, rows, references, end).encode())
     return write_page(study.root / "study.html", "study.html", **values)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from _study_statistics import Difference
@@ -12,6 +13,7 @@ from indiclip.evals.protocols.metrics import Interval
 
 if TYPE_CHECKING:
     from _study_results import Compared, Results
+    from _study_scores import Scores
 
 _NOTES = """\
 Against `{control}`, whose row has the scores themselves. Each cell: the verdict, the mean of the differences over the
@@ -23,16 +25,33 @@ of the others. †: the arm's own {seeds} differences alone would not say so. Lo
 
 
 def markdown(
-    results: Results, main: list[str], tables: dict[str, dict[str, dict[str, Compared]]], end: str = ""
+    results: Results,
+    main: list[str],
+    tables: dict[str, dict[str, dict[str, Compared]]],
+    costs: list[dict[str, Any]],
+    references: dict[str, Scores],
+    end: str = "",
 ) -> str:
-    """Two tables of the main scores, at equal FLOPs and at equal steps; `end` is of the machine and the whole cost."""
+    """Two tables of the main scores, at equal FLOPs and at equal steps.
+
+    Args:
+        results: Of the study.
+        main: Names of the scores.
+        tables: "FLOPs" or "steps" -> score -> arm -> how it compares.
+        costs: Of each arm, as the page shows them.
+        references: Scores of what is no arm: untrained weights, what was prepared.
+        end: Of the machine and the whole cost.
+    """
     grid = results.grid
     lines = [f"# {grid.title}", ""]
     for equal in ("FLOPs", "steps"):
-        lines += [f"## At equal {equal}", "", f"| {' | '.join(['arm', 'FLOPs a step', 'steps', *main])} |"]
-        lines += ["|---" * (3 + len(main)) + "|"]
-        arms = [arm for arm in grid.arms if equal == "FLOPs" or arm not in grid.not_at_equal_steps]
-        lines += [_row(results, arm, main, {name: tables[equal][name] for name in main}) for arm in arms]
+        lines += [f"## At equal {equal}", ""]
+        lines += [_line("arm", "FLOPs a step", "steps", "learning rate", *main)]
+        lines += ["|---" * (4 + len(main)) + "|"]
+        of = {name: tables[equal][name] for name in main}
+        lines += [_row(results, row, of) for row in costs if equal == "FLOPs" or _at_equal_steps(results, row["arm"])]
+        if equal == "FLOPs":
+            lines += [_line(name, "", "", "", *_means(at, main)) for name, at in references.items()]
         lines.append("")
     lower = [name for name in main if results.direction(name) == "lower"]
     seeds = sorted({len(grid.arm_seeds(arm)) for arm in grid.arms})
@@ -40,15 +59,31 @@ def markdown(
     return "\n".join([*lines, notes, *([end, ""] if end else [])])
 
 
-def _row(results: Results, arm: str, main: list[str], tables: dict[str, dict[str, Compared]]) -> str:
-    grid, counted = results.grid, results.study.counted
-    relative = counted[arm].step_flops / counted[grid.control].step_flops
+def _at_equal_steps(results: Results, arm: str) -> bool:
+    return arm not in results.grid.not_at_equal_steps
+
+
+def _row(results: Results, costs: dict[str, Any], tables: dict[str, dict[str, Compared]]) -> str:
+    """Of an arm; the control's has the scores themselves."""
+    grid, arm = results.grid, costs["arm"]
     if arm == grid.control:
-        values = [[*results.values(arm, name).values()] for name in main]
-        cells = [f"{np.mean(of):.3f}" if of else "–" for of in values]
+        cells = [mean_of(results.values(arm, name).values()) for name in tables]
     else:
-        cells = [cell(tables[name].get(arm)) for name in main]
-    return f"| {' | '.join([grid.shown_arm(arm), f'{relative:.2f}', str(counted[arm].steps), *cells])} |"
+        cells = [cell(of.get(arm)) for of in tables.values()]
+    rate = "–" if costs["lr"] is None else f"{costs['lr']:g}"
+    return _line(grid.shown_arm(arm), f"{costs['relative']:.2f}", str(costs["steps"]), rate, *cells)
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _means(scores: Scores, names: list[str]) -> list[str]:
+    return [mean_of([scores[name]] if name in scores else []) for name in names]
+
+
+def mean_of(scores: Collection[float]) -> str:
+    return f"{np.mean([*scores]):.3f}" if scores else "–"
 
 
 def cell(of: Compared | None) -> str:
