@@ -1,11 +1,13 @@
 """Which heads take part in a step, and what nobody trains meanwhile."""
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from torch import nn
 
 from indiclip.head import Head
+from indiclip.pooling import running_statistics
 from indiclip.steps import start_within
 from indiclip.task_weights import TaskWeights
 
@@ -70,3 +72,12 @@ def idle_parameters(
     parameters = [p for part in idle_parts(module, heads, active) for p in part.parameters()]
     parameters += [p for head in heads if head not in active for p in task_weights.learned_for(head.name)]
     return [parameter for parameter in parameters if parameter.requires_grad]
+
+
+def idle_names(module: nn.Module, heads: Sequence[Head], active: Sequence[Head], task_weights: TaskWeights) -> set[str]:
+    """Of `idle_parameters`, and of the running statistics beside them."""
+    statistics = (running_statistics(part) for part in idle_parts(module, heads, active))
+    idle = {id(tensor) for tensor in chain(idle_parameters(module, heads, active, task_weights), *statistics)}
+    if not idle:
+        return set()
+    return {name for name, tensor in chain(module.named_parameters(), module.named_buffers()) if id(tensor) in idle}

@@ -131,7 +131,7 @@ ARROWS = {
     "module.py": "encoder head types names optim freezing lightning_internals distributed sharding float8 task_weights"
     " micro_batches ratios head_schedule held_out_scores module_checks parameter_groups",
     "held_out_scores.py": "head types distributed",
-    "head_schedule.py": "head steps task_weights",
+    "head_schedule.py": "head pooling steps task_weights",
     "module_checks.py": "encoder head task_weights",
     "datasets": "types names images",
     "webdataset": "types names masking images datasets",
