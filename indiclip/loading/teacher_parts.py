@@ -62,7 +62,7 @@ def text_hash(text: str) -> int:
 
 def crc32_of_pixels(picture_CHW: Tensor) -> int:
     """Of an augmented picture and its size."""
-    return zlib.crc32(picture_CHW.contiguous().numpy(), zlib.crc32(str(tuple(picture_CHW.shape)).encode()))
+    return zlib.crc32(picture_CHW.contiguous().numpy().data, zlib.crc32(str(tuple(picture_CHW.shape)).encode()))
 
 
 def texts_of(sample: Sample) -> list[str]:
@@ -87,7 +87,7 @@ def digest_of(record: Mapping[str, Any], files: Iterable[Path]) -> str:
     for file in files:
         for name, array in Part(file).arrays():
             whole.update(f"{name} {array.dtype} {array.shape}".encode())
-            whole.update(array)
+            whole.update(array.data)
     return whole.hexdigest()[:16]
 
 
