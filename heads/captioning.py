@@ -256,7 +256,7 @@ class Captioning(Head):
         for prediction, caption, of_image, language in zip(
             predictions, drawn, everything, caption_languages(batch), strict=True
         ):
-            self.metric.update(prediction, list((of_image or {}).get(language, [caption])), language)
+            self.metric.update(prediction, list((of_image or {}).get(language) or [caption]), language)
 
     def measures(self, held_out: "SampleDataset") -> dict[str, Measure]:
         return caption_measures(self.regions, len(held_out.classes))

@@ -30,15 +30,14 @@ from indiclip.head import (
     all_captioned,
     plain,
 )
-from indiclip.losses import caption_ids
 from indiclip.masked_metric import MaskedMetric
-from indiclip.masked_towers import Masked, MaskedImageTower, MaskedTextTower, tokens_of
-from indiclip.mismatched_pairs import Keys, half_a_batch_on, hard_texts, tokens_of_all_ranks
-from indiclip.multimodal_encoder import MultimodalEncoder, PredictionHead, Tokens, matching_head
+from indiclip.masked_towers import Masked, MaskedImageTower, MaskedTextTower
+from indiclip.mismatched_pairs import Matching
+from indiclip.multimodal_encoder import MultimodalEncoder, PredictionHead, Tokens
 from indiclip.names import check_choice
 from indiclip.patch_codebook import Codebook, PatchCodebook
 from indiclip.teacher import Teacher
-from indiclip.types import Batch, Features, Texts, in_float32, moved, on_device, random_seeds
+from indiclip.types import Batch, Features, Texts, in_float32, on_device, random_seeds
 
 if TYPE_CHECKING:
     from indiclip.datasets.base import SampleDataset
@@ -61,8 +60,8 @@ class MaskedModelling(Head):
 
     `mim`: hidden patches from the image tower; `mlm`: hidden tokens from the text tower; `mmm_image` and `mmm_text`:
     both from a shallow encoder over both towers' tokens; `itm`: whether image and text are a pair, from its class
-    token, for each pair and as many others. An image's other text is that half a batch further on; it counts where it
-    has another caption and class.
+    token, for each pair and as many others. An image's other text is that half a step further on; it counts where it
+    has another caption and class. See `indiclip.mismatched_pairs`.
 
     Masked images and texts are one more pass through the towers. Without another head of the same task, that of the
     whole images, which every step makes, is of no use.
@@ -79,8 +78,8 @@ class MaskedModelling(Head):
         depth: Its layers.
         num_heads: Of its attention.
         hard_negatives: Draw an image's other text from all of the step, the more often the more similar they are (Li et
-            al., ALBEF, NeurIPS 2021, arXiv:2107.07651, section 3.2, in this direction alone). Needs a head that trains
-            embeddings; ranks exchange the tokens of all texts.
+            al., ALBEF, NeurIPS 2021, arXiv:2107.07651, section 3.2, which draws an image for each text too). Needs a
+            head that trains embeddings; ranks exchange the tokens of all texts.
         **common: Of every `Head`.
 
     Raises:
@@ -92,7 +91,7 @@ class MaskedModelling(Head):
     images: MaskedImageTower | None
     texts: MaskedTextTower | None
     multimodal: MultimodalEncoder | None
-    matching: nn.Module | None
+    matching: Matching | None
     needs_all_patches = reads_objects = embeds_images = embeds_text = False
 
     def __init__(
@@ -153,7 +152,7 @@ class MaskedModelling(Head):
         if self.of_two:
             self.multimodal = MultimodalEncoder(backbone.width, text.width, self.width, self.depth, self.num_heads)
         if "itm" in self.losses:
-            self.matching = matching_head(self.width)
+            self.matching = Matching(self.width, self.hard_negatives)
         self.metric = MaskedMetric()
 
     def _image_targets(self, encoder: "Encoder") -> PatchCodebook | Teacher | None:
@@ -198,19 +197,17 @@ class MaskedModelling(Head):
         rows: dict[str, Tensor] = {}
         for _, of in found.values():
             rows |= of.statistics
-        if pairs is not None and self.matching is not None:
+        if pairs is not None and captions is not None and self.matching is not None:
             class_BW, image, text = pairs
-            matching_B = torch.ones(len(class_BW), dtype=torch.long, device=class_BW.device)
-            sums["itm"] = _cross_entropies(self.matching(class_BW), matching_B).sum()
+            sums["itm"] = self.matching.losses(class_BW, is_pair=True).sum()
             numbers["itm"] = float(len(class_BW))
-            names = ("image_BNW", "image_valid_BN", "text_BTW", "text_valid_BT")
-            rows |= zip(names, (*image, *text), strict=True)
-            rows |= self._keys(features, batch, captions, encoder)
+            rows |= self.matching.rows(image, text, features, batch, captions, encoder)
         rows["sums_RL"] = torch.stack([sums[name] for name in self.losses])[None]
         rows["numbers_RL"] = on_device([[numbers[name] for name in self.losses]], features.tokens.device)
-        return WholeBatch(partial(self.losses_of_rows, encoder, tuple(rows)), tuple(rows.values()))
+        in_turn = "origin" not in batch or batch["origin"].in_turn
+        return WholeBatch(partial(self.losses_of_rows, encoder, in_turn, tuple(rows)), tuple(rows.values()))
 
-    def losses_of_rows(self, encoder: "Encoder", names: Sequence[str], *values: Tensor) -> Losses:
+    def losses_of_rows(self, encoder: "Encoder", in_turn: bool, names: Sequence[str], *values: Tensor) -> Losses:
         """The losses of all of this rank's micro-batches; lets the codebook see its patches."""
         rows = dict(zip(names, values, strict=True))
         sums_L, numbers_L = rows["sums_RL"].sum(0), rows["numbers_RL"].sum(0)
@@ -220,8 +217,9 @@ class MaskedModelling(Head):
             self.codebook.see(rows["sums_RCQ"], rows["candidates_BJP"])
             share_C = F.normalize(rows["sums_RCQ"].detach().sum(0)[:, -1], p=1, dim=0)
             logged["code_perplexity"] = torch.special.entr(share_C).sum().exp()
-        if "itm" in sums:
-            wrong, number = self._mismatches(encoder, rows)
+        if self.matching is not None and self.multimodal is not None:
+            num_parts = len(rows["sums_RL"])
+            wrong, number = self.matching.mismatches(rows, self.multimodal, encoder, in_turn, num_parts)
             sums["itm"] = Ratio(sums["itm"].total + wrong, sums["itm"].number + number)
         return Losses({name: Ratio(self.losses[name] * of.total, of.number) for name, of in sums.items()}, logged)
 
@@ -264,38 +262,6 @@ class MaskedModelling(Head):
         total = predictor.cross_entropy(tokens_KD, of.targets)
         return total * self.codebook.is_learned if self.codebook is not None and name in _OF_PATCHES else total
 
-    def _keys(self, features: Features, batch: Batch, captions: Any, encoder: "Encoder") -> dict[str, Tensor]:
-        """What decides which texts an image is told apart from, a row for each pair."""
-        device = features.tokens.device
-        none_B = torch.full((len(batch["keys"]),), -1, device=device)
-        rows = {"ids_B": caption_ids([*captions]).to(device, non_blocking=True)}
-        rows["labels_B"] = batch["targets"].get("label", none_B)
-        if self.hard_negatives:
-            rows["image_BD"] = encoder.pool_features(features).detach()
-            rows["text_BD"] = encoder.pool_text(captions).detach()
-            draws = [np.random.default_rng([seed, 4]).random() for seed in random_seeds(batch)]
-            rows["draws_B"] = moved(np.array(draws), device)
-        return rows
-
-    def _mismatches(self, encoder: "Encoder", rows: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The sum of the losses of images with texts that are not theirs, and their number."""
-        assert self.multimodal is not None
-        assert self.matching is not None
-        text, keys = Tokens(rows["text_BTW"], rows["text_valid_BT"]), Keys(rows["ids_B"], rows["labels_B"])
-        if self.hard_negatives:
-            # By running statistics: what is trained changes those of batch norm once in a step.
-            image_BE = encoder.project_image(rows["image_BD"], batch_statistics=False)
-            text_BE = encoder.project_text(rows["text_BD"], batch_statistics=False)
-            index_B, apart_B = hard_texts(image_BE, text_BE, keys, rows["draws_B"])
-            everyone = tokens_of_all_ranks(text, encoder.text.tokenizer.context_length)
-            other = Tokens(*(of.index_select(0, index_B) for of in everyone))
-        else:
-            other = Tokens(*map(half_a_batch_on, text))
-            apart_B = keys.apart(Keys(*map(half_a_batch_on, keys)))
-        class_BW, _, _ = self.multimodal(Tokens(rows["image_BNW"], rows["image_valid_BN"]), other)
-        losses_B = _cross_entropies(self.matching(class_BW), torch.zeros_like(keys.ids_B))
-        return torch.where(apart_B, losses_B, 0).sum(), apart_B.sum()
-
     def predict(self, features: Features, batch: Batch, encoder: "Encoder") -> list[Prediction]:
         """For each masked loss `<loss>`, what was guessed and what is true: (2, K), or (2, K, D). `hidden`: which
         patches were.
@@ -314,22 +280,14 @@ class MaskedModelling(Head):
                 prediction[name] = part
                 if name in _OF_PATCHES:
                     prediction["hidden"] = hidden.tolist()
-        if self.matching is not None and known is not None:
-            own, following = self._match(features, known, encoder), self._match(features, known, encoder, 1)
+        if self.matching is not None and self.multimodal is not None and known is not None:
             nexts = [*known[1:], *known[:1]]
+            match = partial(self.matching.probabilities, self.multimodal, features, encoder=encoder)
+            own, following = match(captions=known), match(captions=nexts)
             for i, prediction in enumerate(predictions):
                 prediction["match"] = own[i]
                 prediction["mismatch"] = following[i] if nexts[i] != known[i] else None
         return predictions
-
-    def _match(self, features: Features, captions: list[str], encoder: "Encoder", shift: int = 0) -> list[float]:
-        """The probability that the caption of the image `shift` further on belongs to each image."""
-        assert self.multimodal is not None
-        assert self.matching is not None
-        ids_BT, valid_BT = encoder.tokenize([*captions[shift:], *captions[:shift]])
-        text = Tokens(encoder.text(ids_BT, valid_BT), valid_BT)
-        class_BW, _, _ = self.multimodal(*self.multimodal.projected(tokens_of(features), text))
-        return in_float32(self.matching(class_BW)).softmax(1)[:, 1].tolist()
 
     def to_json(self, prediction: Prediction, frame: Frame) -> dict[str, Any]:
         """`match`, see `predict`."""
@@ -371,7 +329,3 @@ class MaskedModelling(Head):
             cell = np.s_[row * side : (row + 1) * side, column * side : (column + 1) * side]
             hidden_HW3[cell], guessed_HW3[cell] = 127, patch_P.reshape(side, side, 3)
         return [Panel(image_HW3, "image"), Panel(hidden_HW3, "hidden"), Panel(guessed_HW3, "guessed")], text
-
-
-def _cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(in_float32(logits), targets, reduction="none")

@@ -104,7 +104,7 @@ class MaskedTextTower(nn.Module):
         self.ratio = ratio
         # As spread as BERT's embeddings.
         self.hidden_token_D = nn.Parameter(0.02 * torch.randn(embedding_of(tower).embedding_dim))
-        self.never = {*tower.tokenizer.encode([""])[0], tower.tokenizer.pad_id}
+        self.never = {*tower.tokenizer.frame_ids, tower.tokenizer.pad_id}
 
     def forward(self, texts: Texts | Sequence[str], seeds: Sequence[int], tower: TextTower) -> Masked:
         """Of texts with a random seed for each; the targets are token ids."""

@@ -80,8 +80,3 @@ class PredictionHead(nn.Sequential):
         answers = cast(nn.Linear, last)
         weights_K = torch.ones(targets_K.shape, device=targets_K.device)
         return chunked_cross_entropy(tokens_KD, answers.weight, targets_K, weights_K, answers.bias)[0]
-
-
-def matching_head(width: int) -> nn.Sequential:
-    """From the class token's vector to two logits: that image and text do not belong together, and that they do."""
-    return nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 2))

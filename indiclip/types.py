@@ -245,12 +245,20 @@ class Origin:
         source: The name of the one source it is from, where the task has several held-out ones; else empty.
         classes: The names of the classes that `label` and `classes` number; empty where there are none.
         category_ids: What the source's file calls each of them; empty where it has no numbers for them.
+        in_turn: Whether the samples of a step are dealt to the ranks in turn. Else ranks take blocks of them, and which
+            places these have is not the same on any number of ranks.
     """
 
     def __init__(
-        self, task: str, source: str = "", classes: Sequence[str] = (), category_ids: Sequence[int] = ()
+        self,
+        task: str,
+        source: str = "",
+        classes: Sequence[str] = (),
+        category_ids: Sequence[int] = (),
+        in_turn: bool = True,
     ) -> None:
         self.task, self.source, self.classes, self.category_ids = task, source, classes, category_ids
+        self.in_turn = in_turn
 
 
 class Batch(TypedDict):

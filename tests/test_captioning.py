@@ -164,6 +164,10 @@ def test_it_writes_what_it_has_learnt_in_the_language_that_is_asked_for(trained,
     head.update_metric(predictions, features, batch)
     numbers = head.metric.compute()
     assert numbers["chrf/hi"] == numbers["chrf"] == numbers["box_at_half"] == numbers["named"] == 1
+    head.metric.reset()
+    everything = [{language: []} for language in LANGUAGES]  # lists without a caption beside the one that was drawn
+    head.update_metric(predictions, features, batch | {"targets": batch["targets"] | {"captions": everything}})
+    assert head.metric.compute()["chrf"] == 1
     bare = Batch(images=batch["images"], targets={}, keys=batch["keys"])  # nothing is known of the images
     head.language = "hi"
     written = [one["caption"] for one in head.predict(features, bare, encoder)]

@@ -158,10 +158,13 @@ def test_more_ranks_than_shards_are_said():
     data = Numbers("a", 60)
     data.starts = np.arange(0, 61, 10)
     source = Source("t", data, 16, shard_groups=2)
-    assert len(Steps([source], 0, Preprocessing(8), True, 3, 4)[0]["t"]["keys"]) == 4
+    batch = Steps([source], 0, Preprocessing(8), True, 3, 4)[0]["t"]
+    assert len(batch["keys"]) == 4
+    assert not batch["origin"].in_turn
     with pytest.raises(ValueError, match="has 6 shards for 8 ranks, and shard_groups 2 .* set shard_groups to 1"):
         Steps([source], 0, Preprocessing(8), True, 3, 8)
-    Steps([Source("t", data, 16)], 0, Preprocessing(8), True, 3, 8)  # every rank reads every shard
+    # Every rank reads every shard.
+    assert Steps([Source("t", data, 16)], 0, Preprocessing(8), True, 3, 8)[0]["t"]["origin"].in_turn
 
 
 def test_a_billion_samples_in_128_groups_need_no_table_of_them():

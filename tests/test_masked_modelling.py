@@ -17,12 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import FlavaConfig, FlavaForPreTraining
 
 from heads.masked_modelling import LOSSES, MaskedModelling
-from indiclip.mismatched_pairs import half_a_batch_on
 from indiclip.module import MultiTask
 from indiclip.multimodal_encoder import Tokens
 from indiclip.patch_codebook import Codebook
 from indiclip.planning.step_flops import step_flops
-from indiclip.types import Batch
+from indiclip.types import Batch, Origin
 
 CODES = 6
 SMALL = {"width": 32, "depth": 1, "num_heads": 2, "codebook": Codebook(CODES)}
@@ -112,7 +111,7 @@ def test_losses_are_flavas():
     assert mlm.item() == pytest.approx(ours["mlm"].item(), rel=1e-5)
 
     pairs = head.multimodal(image, text)
-    others = head.multimodal(image, Tokens(*map(half_a_batch_on, text)))
+    others = head.multimodal(image, Tokens(*(of.roll(-3, 0) for of in text)))
     rows = [torch.cat([of[0][:, None], torch.zeros(6, 1, 32), *of[1:]], 1) for of in (pairs, others)]
     masked = {"image_embeddings": with_class, "text_embeddings": of_text.tokens.tokens_BNW}
     masked["multimodal_embeddings"] = torch.cat(rows)
@@ -122,6 +121,26 @@ def test_losses_are_flavas():
     for name in ("itm", "mmm_image", "mmm_text"):
         assert getattr(expected, name).item() == pytest.approx(ours[name].item(), rel=1e-5), name
     torch.testing.assert_close(class_BW, pairs[0])
+
+
+@pytest.mark.parametrize("hard_negatives", [False, True])
+def test_where_ranks_take_blocks_of_a_batch_its_order_does_not_matter(hard_negatives):
+    """Which text an image is told apart from goes by the samples' seeds, which are the same on any number of ranks."""
+    encoder = tiny_encoder().double()
+    head = head_on(encoder, losses={"itm": 1.0}, hard_negatives=hard_negatives).double().eval()
+    found = {}
+    for in_turn in (True, False):
+        for order in ([0, 1, 2, 3, 4], [3, 0, 4, 2, 1]):
+            batch = caption_batch(CAPTIONS[:5])
+            batch["images"] = {name: [of[i] for i in order] for name, of in batch["images"].items()} | {
+                name: of[order] for name, of in batch["images"].items() if isinstance(of, torch.Tensor)
+            }
+            batch["targets"] = packed({"caption": [CAPTIONS[i] for i in order], "random_seed": [40 + i for i in order]})
+            batch["origin"] = Origin("t", in_turn=in_turn)
+            terms, _ = step_losses(head.loss(encoder.features(batch["images"]), batch, encoder))
+            found.setdefault(in_turn, []).append(terms["itm"].item())
+    assert found[False][0] == pytest.approx(found[False][1], abs=1e-12)
+    assert found[True][0] != pytest.approx(found[True][1], abs=1e-9)
 
 
 @pytest.mark.parametrize("losses", [None, {"mim": 2.0}, {"mlm": 1.0}, {"itm": 1.0}, {"mmm_text": 1.0}])

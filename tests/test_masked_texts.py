@@ -6,8 +6,24 @@ import torch
 from test_gradients import TEXTS
 
 from indiclip.masked_texts import embedding_of, hidden_behind, hide
+from indiclip.masked_towers import MaskedTextTower
 from indiclip.text import TextTower
 from indiclip.tokenizers import ByteTokenizer
+
+
+class Spaced(ByteTokenizer):
+    """Puts a space before every text, so that an empty one has a token of its own."""
+
+    frame_ids = frozenset({ByteTokenizer.start_id, ByteTokenizer.end_id})
+
+    def encode(self, texts):
+        return super().encode([f" {text}" for text in texts])
+
+
+def test_what_frames_a_text_is_never_hidden_and_all_else_is():
+    tower = TextTower(Spaced(), {"model_type": "bert"} | TEXTS["bert"])
+    masked = MaskedTextTower(tower, ratio=1.0)(["a kite"], [7], tower)
+    assert masked.hidden[0].tolist() == [*range(1, 8)]  # two spaces among them
 
 
 @pytest.mark.parametrize("family", ["bert", "xlm-roberta", "clip_text_model", "t5", "gemma", "modernbert", "m2m_100"])

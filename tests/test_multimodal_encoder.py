@@ -5,7 +5,8 @@ from torch import nn
 from transformers import FlavaConfig, FlavaMultimodalConfig
 from transformers.models.flava.modeling_flava import FlavaITMHead, FlavaMaskedPredictionHead, FlavaMultimodalModel
 
-from indiclip.multimodal_encoder import MultimodalEncoder, PredictionHead, Tokens, matching_head
+from indiclip.mismatched_pairs import Matching
+from indiclip.multimodal_encoder import MultimodalEncoder, PredictionHead, Tokens
 
 W = 16
 SMALL = {"hidden_size": W, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 4 * W}
@@ -55,7 +56,7 @@ def test_heads_are_flavas():
     theirs.load_state_dict(state | {"bias": torch.zeros(7)})
     torch.testing.assert_close(ours(x_BLW), theirs(x_BLW))
 
-    ours = matching_head(W)
+    ours = Matching(W)
     theirs = FlavaITMHead(FlavaConfig(hidden_size=W))
     names = {"0": "pooler.dense", "2": "seq_relationship"}
     theirs.load_state_dict({f"{names[key[0]]}{key[1:]}": value for key, value in ours.state_dict().items()})

@@ -63,7 +63,7 @@ ARROWS = {
         "types backbone text masked_images masked_positions masked_texts teacher multimodal_encoder patch_codebook"
     ),
     "masked_metric.py": "head",
-    "mismatched_pairs.py": "distributed multimodal_encoder",
+    "mismatched_pairs.py": "types distributed losses masked_towers multimodal_encoder",
     "multimodal_encoder.py": "chunked_cross_entropy",
     "patch_codebook.py": "types names distributed moving_average",
     "strict_yaml.py": "",

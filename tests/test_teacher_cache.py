@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
+import shutil
 import signal
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from torchvision.transforms import v2
 from indiclip import json_lines
 from indiclip.backbone import NaFlexViT
 from indiclip.cli import main
+from indiclip.datasets.base import fingerprint
 from indiclip.datasets.split import Split
 from indiclip.encoder import Encoder
 from indiclip.evals.models.view_batches import load_teachers
@@ -26,6 +30,7 @@ from indiclip.loading.source import Source
 from indiclip.loading.steps import Steps
 from indiclip.loading.teacher_cache import CachedViews, TeacherCache
 from indiclip.loading.teacher_parts import Part, part_file
+from indiclip.loading.workers import explain
 from indiclip.preprocessing import Preprocessing
 from indiclip.text import TextTower
 from indiclip.tokenizers import ByteTokenizer
@@ -211,15 +216,29 @@ def changed(folder, cache, **entries):
     return folder
 
 
-class Repainted(Scenes):
+class Changed(Scenes):
+    """As a list of as many other images would be whose files are numbered alike: some samples are others.
+
+    Those that are compared before training are 0, 3, 7 and 11.
+    """
+
+    def __init__(self, *places, image=0, captions=None):
+        super().__init__()
+        self.places, self.flip, self.words = places, image, captions
+
     def __getitem__(self, index):
         sample = super().__getitem__(index)
-        return sample | {"image": sample["image"] ^ 1}
+        if index not in self.places:
+            return sample
+        return sample | {"image": sample["image"] ^ self.flip, "captions": sample["captions"] | (self.words or {})}
 
 
-class Renamed(Scenes):
-    def __getitem__(self, index):
-        return super().__getitem__(index) | {"captions": {"en": ["another"], "hi": ["दूसरा"]}}
+def repainted(*places):
+    return Changed(*(places or range(12)), image=1)
+
+
+def renamed(*places):
+    return Changed(*(places or range(12)), captions={"en": ["another"], "hi": ["दूसरा"]})
 
 
 def test_what_does_not_fit_is_refused(cache, tmp_path):
@@ -234,18 +253,77 @@ def test_what_does_not_fit_is_refused(cache, tmp_path):
     refused(r"is of other samples: data.train\[0\], 12 samples \(", dataset=Scenes(seed=3))
     other = [v2.RandomResizedCrop([24, 24], scale=(0.4, 0.8)), *AUGMENT[1:]]
     refused(r"another augmentation than the source's: \[0\].scale: '\(0.3, 0.8\)' -> '\(0.4, 0.8\)'", augment=other)
-    refused("is not the one that the teachers were given", dataset=Repainted())
-    refused("is of other captions: .* has '(another|दूसरा)'", dataset=Renamed())
+    refused("is not the one that the teachers were given", dataset=repainted())
+    refused("is of other captions: .* has '(another|दूसरा)'", dataset=renamed())
     refused("is not complete; the same `indiclip embed` goes on", changed(tmp_path / "part", cache, done=False))
     refused("holds no teachers.json", tmp_path / "nothing", FileNotFoundError)
-    with pytest.warns(UserWarning, match="is not the one that the teachers were given"):
-        steps(source(cache, dataset=Repainted(), same_pixels=False))[0]
     of = source(cache)
     views = CachedViews(of.teachers, of.dataset, of.transform, "data.train[0]")
     with pytest.raises(ValueError, match="is of other samples: 'x' is not at its place there"):
         views.seed(3, "x", 0)
     with pytest.raises(ValueError, match="so that 3 views would be the same picture"):
         make(tmp_path / "plain", [], source(augment=[]))
+
+
+def first_error(dataset, cache, **options):
+    """What the first of 20 steps says that does not fit the cache, of a cache that is opened before."""
+    of = source(cache, dataset, **options)
+    of.open_teachers("data.train[0]")
+    read, lost = steps(of), set()
+    try:
+        for number in range(20):
+            lost |= {one.key for one in read[number]["contrastive"]["quarantined"]}
+    except ValueError as error:
+        return explain(error), lost | {one.key for one in read.unreadable()}
+    return None, lost
+
+
+def test_every_replayed_picture_is_compared(cache):
+    """Images under the same keys of which those that are looked at before training agree: it ends where one does not,
+    and puts none aside.
+    """
+    assert fingerprint(repainted(1, 8)) == fingerprint(Scenes())
+    line, lost = first_error(repainted(1, 8), cache)
+    assert re.search(
+        r"data.train\[0\].teachers.folder: .*: the augmented picture of '(.*)', view \d, is not the one .* its CRC-32 "
+        r"is [0-9a-f]{8}; expected [0-9a-f]{8}\. .* other images or .* libraries; make it anew .* same_pixels: false",
+        line,
+    )
+    assert re.search("'(.*?)', view", line)[1] in {Scenes().key(1), Scenes().key(8)}
+    assert "\n" not in line
+    assert lost <= {Scenes().key(4)}  # which cannot be read
+
+
+def test_a_picture_that_differs_is_said_once_where_it_may(cache):
+    with pytest.warns(UserWarning, match="is not the one that the teachers were given") as found:
+        assert first_error(repainted(1, 2, 6, 8, 9), cache, same_pixels=False)[0] is None
+    assert len(found) == 1
+
+
+def test_libraries_that_are_others_are_named(cache, tmp_path):
+    older = changed(tmp_path / "older", cache, versions={"torchvision": "0.1", "torch": version("torch"), "x": "1"})
+    line, _ = first_error(repainted(1, 8), older)
+    assert f"other versions of the libraries (torchvision 0.1, here {version('torchvision')}); make" in line
+
+
+def test_captions_that_the_teachers_were_not_given_are_refused(cache):
+    """Before training in the samples that are looked at, later in each; but those that `texts: en` does not read."""
+    with pytest.raises(ValueError, match=r"is of other captions: .* has 'another'.* make it anew"):
+        first_error(renamed(7), cache)
+    line, _ = first_error(renamed(1), cache)
+    assert f"{Scenes().key(1)!r} has " in line
+    assert first_error(Changed(*range(12), captions={"hi": ["दूसरा"]}), cache, texts="en")[0] is None
+
+
+def test_the_digest_is_that_of_images_and_captions_too(files, tmp_path):
+    """Of one list of keys; a teacher's name is none of it."""
+    found = [
+        make(tmp_path / name, files[:1], source(dataset=dataset))["digest"]
+        for name, dataset in {"as": Scenes(), "image": repainted(6), "captions": renamed(6)}.items()
+    ]
+    assert len({*found}) == 3
+    copy = shutil.copy(files[0], tmp_path / "other name.ckpt")
+    assert make(tmp_path / "again", [str(copy)])["digest"] == found[0]
 
 
 def test_a_killed_command_goes_on_and_other_words_are_refused(files, tmp_path, capsys):

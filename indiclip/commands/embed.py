@@ -34,7 +34,8 @@ from indiclip.names import check_range
 from indiclip.training.run_folder import lock, unlock
 
 _MOST_WORKERS = 8  # of a process that feeds a GPU, where nothing else is said
-_LIBRARIES = ("torch", "timm", "transformers", "open_clip_torch", "numpy", "simplejpeg", "pillow", "pyarrow")
+_PIXELS = ("torch", "torchvision", "numpy", "simplejpeg", "pillow")
+_LIBRARIES = (*_PIXELS, "timm", "transformers", "open_clip_torch", "pyarrow")
 _DECODE = "float32(row) / norm(float32(row))"
 
 

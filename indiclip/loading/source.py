@@ -3,11 +3,12 @@
 import math
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from indiclip.datasets.base import SampleDataset
 from indiclip.datasets.subset import Subset
@@ -170,8 +171,9 @@ class Source:
 
     def taught(
         self, index: int, sample: Sample, captions: Captions | None, random_seed: int | None
-    ) -> tuple[Sample, int | None]:
-        """A training sample with what its teachers say of it, and the seed of the augmentation that they saw.
+    ) -> tuple[Sample, int | None, Callable[[Tensor], None] | None]:
+        """A training sample with what its teachers say of it, the seed of the augmentation that they saw, and what
+        compares the augmented picture with theirs.
 
         Args:
             index: Of the sample.
@@ -180,10 +182,12 @@ class Source:
             random_seed: Of the sample in its step, which is given back where there are no teachers.
         """
         if self.teachers is None or random_seed is None:
-            return sample, random_seed
+            return sample, random_seed, None
         cached = self.open_teachers(f"data: a source of task {self.task!r}")
-        view, image_seed = cached.draw(index, self.dataset.key(index), random_seed)
-        return sample | cached.fields(index, view, sample, captions or {}, random_seed), image_seed
+        key = self.dataset.key(index)
+        view, image_seed = cached.draw(index, key, random_seed)
+        taught = sample | cached.fields(index, view, sample, captions or {}, random_seed)
+        return taught, image_seed, partial(cached.check_picture, index, key, view)
 
     @property
     def budgets(self) -> list[TokenBudget]:

@@ -38,7 +38,8 @@ def origin_of(key: str, group: Sequence[Source]) -> Origin:
     """
     task = group[0].task
     dataset = next((source.dataset for source in group if source.dataset.classes), group[0].dataset)
-    return Origin(task, key.removeprefix(task).removeprefix("/"), dataset.classes, dataset.category_ids)
+    in_turn = all(source.shard_groups == 1 for source in group)
+    return Origin(task, key.removeprefix(task).removeprefix("/"), dataset.classes, dataset.category_ids, in_turn)
 
 
 def check_shared(group: Sequence[Source]) -> None:

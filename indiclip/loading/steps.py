@@ -183,12 +183,12 @@ class Steps(Dataset[Step]):
                 with reading(source.task, source.dataset, index) as key:
                     whole = Sample(key=key) | source.dataset[index]
                     sample = self._draw_caption(task, ref, whole)
-                    sample, image_seed = source.taught(index, sample, whole.get("captions"), random_seed)
+                    sample, image_seed, check = source.taught(index, sample, whole.get("captions"), random_seed)
                     if missing := [name for name in source.required_fields if name not in sample]:
                         raise UnreadableSample(sample["key"], f"has no {missing[0]}, which its task's heads need")
                     if self.train and not source.keeps_objects:
                         sample = without_objects(sample)
-                    prepared = source.transform(sample, self.preprocessing, image_seed, budget.max_tokens)
+                    prepared = source.transform(sample, self.preprocessing, image_seed, budget.max_tokens, check)
                     if random_seed is None:
                         return prepared
                     views = make_views(source.views, sample, self.preprocessing, random_seed, step, self._run_steps)

@@ -1,6 +1,6 @@
 """The files of a cache of teachers' embeddings, which `indiclip.evals.models.view_embedder` writes.
 
-    teachers.json                  which sources, augmentation and teachers; `done` and a digest of all that
+    teachers.json                  which sources, augmentation and teachers; `done` and a digest of the whole cache
     teachers-00000.safetensors     of the samples 0 to part_size - 1 of all sources, one after the other:
         keys                       uint8, a JSON list of their keys
         key_hashes                 uint64 (n,), 0 where a sample cannot be read
@@ -20,12 +20,14 @@ import json
 import math
 import mmap
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
+
+from indiclip.types import Sample
 
 RECORD = "teachers.json"
 _DTYPES = {"F16": np.float16, "I8": np.int8, "U8": np.uint8, "U32": np.uint32, "U64": np.uint64}  # safetensors' names
@@ -60,18 +62,33 @@ def text_hash(text: str) -> int:
 
 def crc32_of_pixels(picture_CHW: Tensor) -> int:
     """Of an augmented picture and its size."""
-    return zlib.crc32(picture_CHW.contiguous().numpy().tobytes(), zlib.crc32(str(tuple(picture_CHW.shape)).encode()))
+    return zlib.crc32(picture_CHW.contiguous().numpy().data, zlib.crc32(str(tuple(picture_CHW.shape)).encode()))
 
 
-def digest_of(record: Mapping[str, Any]) -> str:
-    """Of the content of a cache: sources, augmentation, teachers, views and types, whatever they are called."""
+def texts_of(sample: Sample) -> list[str]:
+    """All captions of a sample, in all languages."""
+    found = [text for texts in (sample.get("captions") or {}).values() for text in texts]
+    return [*found, sample["caption"]] if "caption" in sample else found
+
+
+def digest_of(record: Mapping[str, Any], files: Iterable[Path]) -> str:
+    """Of a cache: sources, augmentation, teachers, views and types, whatever they are called, and all of its parts.
+
+    Keys alone do not tell two downloads apart whose files are numbered alike; the parts have the sums of their pixels
+    and their captions.
+    """
     teachers = [
         {name: value for name, value in teacher.items() if name not in ("name", "weights")}
         for teacher in record["teachers"]
     ]
     sources = [{name: source[name] for name in ("samples", "crc32_of_keys")} for source in record["sources"]]
     parts = [record[name] for name in ("views", "augmentation", "dtype", "part_size")]
-    return hashlib.sha256(json.dumps([teachers, sources, parts], sort_keys=True).encode()).hexdigest()[:16]
+    whole = hashlib.sha256(json.dumps([teachers, sources, parts], sort_keys=True).encode())
+    for file in files:
+        for name, array in Part(file).arrays():
+            whole.update(f"{name} {array.dtype} {array.shape}".encode())
+            whole.update(array.data)
+    return whole.hexdigest()[:16]
 
 
 def part_file(folder: Path, number: int) -> Path:
@@ -101,6 +118,10 @@ class Part:
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._arrays[name]
+
+    def arrays(self) -> list[tuple[str, np.ndarray]]:
+        """All that have numbers, by name."""
+        return sorted(self._arrays.items())
 
     def text_row(self, text: str) -> int | None:
         """The number of a caption's row."""

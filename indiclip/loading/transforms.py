@@ -99,6 +99,7 @@ class Transform:
         preprocessing: Preprocessing,
         random_seed: int | None,
         max_tokens: int | None = None,
+        check: Callable[[Tensor], None] | None = None,
     ) -> Prepared:
         """Prepare one sample.
 
@@ -107,6 +108,7 @@ class Transform:
             random_seed: Seeds the augmentation. None (validation) leaves it out and decodes the whole image, so that
                 pixels are those of `Encoder.embed_image`.
             max_tokens: In place of the transform's own.
+            check: Called with the augmented picture before it is resized, see `picture`.
 
         Returns:
             `patches`, `size_hw`, `scale`, and the sample's annotations in the resized image's pixels, as tensors.
@@ -122,7 +124,10 @@ class Transform:
         fields, scale = self._augmented(sample, preprocessing, random_seed, _as_it_is if self.at_full_size else fit)
         height, width = fields["image"].shape[-2:]
         size = fit((height, width))
-        cut = preprocessing.cut(plain(fields.pop("image")), size)
+        picture_CHW = plain(fields.pop("image"))
+        if check is not None:
+            check(picture_CHW)
+        cut = preprocessing.cut(picture_CHW, size)
         if size != (height, width):
             fields = {name: move(value, (0, 0, height, width), size) for name, value in fields.items()}
         cut["scale"] = (scale[0] * cut["scale"][0], scale[1] * cut["scale"][1])

@@ -13,7 +13,7 @@ from indiclip.evals.models.digests import crc32_of_prepared, crc32_of_token_ids,
 from indiclip.evals.models.embedder import Embedder, EncoderEmbedder, View, load_embedder
 from indiclip.images import UnreadableSample
 from indiclip.loading.source import Source
-from indiclip.loading.teacher_parts import TeacherRecord, crc32_of_pixels
+from indiclip.loading.teacher_parts import TeacherRecord, crc32_of_pixels, texts_of
 from indiclip.types import Sample
 
 INITIAL = "initial"  # as a model: the run's own encoder before its first step
@@ -145,12 +145,6 @@ class ViewBatches(Dataset[ViewBatch | Exception]):
 def view_seed(key: str, view: int) -> int:
     """Of the augmentation of a view of a sample."""
     return zlib.crc32(f"augmentation:{key}:{view}".encode(errors="surrogatepass"))
-
-
-def texts_of(sample: Sample) -> list[str]:
-    """All captions of a sample, in all languages."""
-    found = [text for texts in (sample.get("captions") or {}).values() for text in texts]
-    return [*found, sample["caption"]] if "caption" in sample else found
 
 
 def as_it_is(batch: Any) -> Any:

@@ -166,8 +166,8 @@ class ViewEmbedder:
         """Sum up the parts. Returns the record."""
         quarantined: list[dict[str, Any]] = []
         sizes, losses = 0, [0.0]
-        for number in range(self.num_parts):
-            file = part_file(self.folder, number)
+        files = [part_file(self.folder, number) for number in range(self.num_parts)]
+        for file in files:
             with file.open("rb") as opened:
                 about = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))["__metadata__"]
             quarantined += json.loads(about["quarantined"])
@@ -183,7 +183,7 @@ class ViewEmbedder:
         }
         if quarantined:
             json_lines.rewrite(self.folder / "quarantine.jsonl", quarantined)
-        record = {"done": True, **self.record, "summary": summary, "digest": digest_of(self.record)}
+        record = {"done": True, **self.record, "summary": summary, "digest": digest_of(self.record, files)}
         self._write(record | {"versions": dict(versions)})
         return record
 
