@@ -12,10 +12,12 @@ from torch._subclasses import FakeTensorMode
 from heads.contrastive import Contrastive
 from heads.distillation import Distillation
 from indiclip import flex
+from indiclip.checkpoint import load
 from indiclip.module import MultiTask
 from indiclip.online_teacher import OnlineTeacher
 from indiclip.planning.step_model import count_loss
 from indiclip.pretrained.read import read_weights
+from indiclip.training.config_history import logits_of
 from indiclip.types import Texts
 
 CAPTIONS = ["a kite", "दीया", "a pot", "a kite", "a drum"]
@@ -91,8 +93,42 @@ def test_other_patches_are_refused(tmp_path):
         Distillation(OnlineTeacher(file)).bind(student)
 
 
-def test_a_run_that_distils_is_read_with_the_scale_of_its_contrastive_loss(tmp_path):
+def test_an_older_run_is_read_with_the_scale_of_its_contrastive_loss(tmp_path):
     assert read_weights(save(tiny_encoder(), tmp_path / "x.ckpt")).logits() == {"logit_scale": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ({"contrastive": 1.0, "distillation": 3.0}, "heads.contrastive.criterion"),
+        ({"contrastive": 0.0, "distillation": 3.0}, "heads.distillation.distance"),
+        ({"contrastive": 0.0}, "heads.contrastive.criterion"),  # with the logits that `init_from` gave
+        ({"contrastive": 0.0, "distillation": 1.0, "another": 1.0}, ""),
+        ({"contrastive": 1.0, "second": 1.0, "distillation": 1.0}, ""),
+    ],
+)
+def test_the_temperature_of_a_run_is_of_a_loss_that_trains(weights, expected):
+    kinds = {"contrastive": Contrastive, "second": Contrastive}
+    heads = [kinds.get(name, Distillation)(task="t", name=name, weight=weight) for name, weight in weights.items()]
+    for head in heads:
+        head.bind(tiny_encoder())
+    assert logits_of(heads) == expected
+
+
+def test_a_distilled_run_is_read_and_teaches_at_the_scale_that_it_learned(tmp_path):
+    """Exports write what `load` gives; the bias of the contrastive loss, which is not trained, stays behind as well."""
+    run = tree(max_steps=2)
+    del run["data"]["overrides"], run["model"]["heads"][1]  # the teacher runs beside
+    assert fit(tmp_path, run) == 0
+    folder = tmp_path / "runs" / "experiment"
+    state = weights(folder)
+    learned, other = (float(state[f"heads.{of}.logit_scale"]) for of in ("beside.distance", "contrastive.criterion"))
+    assert learned != pytest.approx(np.log(1 / 0.07), abs=1e-4)
+    assert other == pytest.approx(np.log(10))
+    encoder = load(folder)
+    assert encoder.initial_logits == {"logit_scale": learned}
+    teacher = OnlineTeacher(str(folder)).beside(encoder, "heads.distillation.teacher")
+    assert teacher.logit_scale_ == encoder.logit_factor == pytest.approx(np.exp(learned))
 
 
 def test_the_planner_counts_what_is_compared():
