@@ -6,9 +6,11 @@ import torch
 from experiments import config, fit
 from fake_gpu import NoWaits, attention_kernel, moved, on_fake_gpu, step_batch
 from helpers import caption_batch, packed, step_losses, tiny_encoder
+from test_same_numbers import OneStep, batches_of
 from test_sharding import fitted, largest_difference, sharded, weights
 from torch._subclasses import FakeTensorMode
 
+from heads.captioning import Captioning
 from heads.contrastive import Contrastive
 from heads.distillation import Distillation
 from indiclip import flex
@@ -83,6 +85,26 @@ def test_a_copy_of_the_student_stays_as_it_is_and_is_saved():
     step_losses(head.loss(student.features(batch["images"]), batch, student)).terms["loss"].backward()
     assert student.backbone.vit.blocks[0].mlp.fc1.weight.grad.abs().sum() > 0
     assert all(torch.equal(value, before[name]) for name, value in head.teacher.state_dict().items())
+
+
+def test_a_teacher_beside_runs_once_for_each_part_of_a_batch(monkeypatch):
+    """Although gradient caching has each part twice; and what it has said is not kept longer than the parts are."""
+    heads = [Contrastive(), Distillation(OnlineTeacher("initial"), task="contrastive")]
+    heads.append(Captioning(task="scenes", depth=1))
+    monkeypatch.setattr("test_same_numbers.heads", lambda _: heads)
+    module, teacher, seen = OneStep(micro_batches=3), heads[1].teacher, []
+    teacher.encoder.backbone.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0]["num_patches"])))
+    batches = batches_of()
+    first = dict(module.step(batches)[0])
+    assert sum(seen) == len(batches["contrastive"]["keys"])
+    assert len(teacher._said) == 0
+    assert module.step(batches)[0] == first  # nothing of another step is taken for this one's
+    assert sum(seen) == 2 * len(batches["contrastive"]["keys"])
+    with torch.no_grad():
+        heads[1].loss(module.encoder.features(batches["contrastive"]["images"]), batches["contrastive"], module.encoder)
+    assert len(teacher._said) == 1
+    del batches
+    assert len(teacher._said) == 0
 
 
 def test_other_patches_are_refused(tmp_path):
