@@ -10,7 +10,9 @@ import pytest
 import torch
 import yaml
 from experiments import config, fit
+from fake_gpu import NoWaits, on_fake_gpu
 from helpers import tiny_encoder
+from torch._subclasses import FakeTensorMode
 
 from heads.contrastive import Contrastive
 from heads.depth import Depth
@@ -194,6 +196,19 @@ def test_what_has_no_gradient_on_the_shared_block_is_left_out():
         found[names] = strategy.learned_K.tolist()
     assert found["abcde"] == pytest.approx([*found["ab"], 1, 1, 1])
     assert found["ab"][1] > 1.2  # b is the slower one
+
+
+def test_gradnorm_waits_for_no_gpu():
+    strategy = GradNorm()
+    strategy.bind(dict.fromkeys("abc", 1.0))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        on_fake_gpu(mode, strategy)
+        losses = {n: torch.ones((), device="cuda") for n in "abc"}
+        watched = [torch.ones(2, device="cuda")]
+        with NoWaits():
+            total = sum(strategy.part(n, loss) for n, loss in losses.items())
+            strategy.total(total, {"a": [watched[0]], "b": [watched[0]], "c": [None]}, watched, 0)
+    assert strategy.learned_K.device.type == "cuda"
 
 
 DETECTION = {
