@@ -28,7 +28,9 @@ class Distillation(Head):
     distillation alone: MobileCLIP's (1 - l) and l are the two weights.
 
     The student's factor on the cosines is the head's own and learned: labels of 0 and 1 drive that of the contrastive
-    loss up, to the bound at last, while this one is best where the teachers' distributions are met.
+    loss up, to the bound at last, while this one is best where the teachers' distributions are met. Of a run whose
+    contrastive head has weight 0 it is what is read, exported and taught with: that head's stays as it began, and its
+    logged loss is at that factor.
 
     Args:
         teacher: One that runs in each step, in place of a cache: slower, but it sees what augmentations there are.

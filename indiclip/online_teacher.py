@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from indiclip import checkpoint
 from indiclip.encoder import Encoder
@@ -65,7 +66,10 @@ class OnlineTeacher:
 
 
 class FrozenTeacher(nn.Module):
-    """An encoder in evaluation mode and without gradients.
+    """An encoder in evaluation mode and without gradients, which runs once for a batch.
+
+    With `model.micro_batches` each part of a batch comes twice, first without gradients: what was said of it then is
+    kept until it comes again, or is gone.
 
     Args:
         encoder: Whose embeddings are wanted.
@@ -79,17 +83,27 @@ class FrozenTeacher(nn.Module):
         self.logit_scale_ = logit_scale
         self.encoder = encoder if keeps else None
         self._apart: list[Any] = [] if keeps else [encoder]  # in a list, which torch does not look into
+        self._said: Any = WeakTensorKeyDictionary()  # of the patches that came without gradients
 
     def train(self, mode: bool = True) -> Self:
         """Stays in evaluation mode."""
         return super().train(False)
 
-    @torch.no_grad()
     def embed(self, images: Images, captions: list[str] | Texts) -> tuple[Tensor, Tensor, Tensor]:
         """Embeddings (B, T, E) of images and of captions, and the factor on their cosines (B, T).
 
         Token ids that come with the captions are the student's.
         """
+        patches_BNP = images["patches_BNP"]
+        said: tuple[Tensor, Tensor, Tensor] | None = self._said.pop(patches_BNP, None)
+        if said is None:
+            said = self._embed(images, captions)
+            if not torch.is_grad_enabled():
+                self._said[patches_BNP] = said
+        return said
+
+    @torch.no_grad()
+    def _embed(self, images: Images, captions: list[str] | Texts) -> tuple[Tensor, Tensor, Tensor]:
         device = images["patches_BNP"].device
         if self._apart and self._apart[0].device != device:
             self._apart[0].to(device)

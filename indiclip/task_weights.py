@@ -91,11 +91,15 @@ class Uncertainty(TaskWeights):
 class GradNorm(TaskWeights):
     """Weights that make the tasks train at similar rates (Chen et al., ICML 2018, arXiv:1711.02257).
 
-    The norm of each head's weighted gradient on the last block of the backbone is led to their mean times r^alpha, r
-    being the share of its first loss that a head has still to go, over the mean of these shares (its equations 1 and 2,
+    The norm of each head's weighted gradient on one block of the backbone is led to their mean times r^alpha, r being
+    the share of its first loss that a head has still to go, over the mean of these shares (its equations 1 and 2,
     algorithm 1). After each step of gradient descent the weights are divided so that their mean is 1: those of a step
     in which not all heads take part keep their sum. Beyond the paper, the distance is divided by the mean norm, so that
     `lr` has no unit. Costs a backward pass of each head alone.
+
+    The block is the last that all heads share: of those that are trained, the last before which no head with a weight
+    takes its tokens (`block`). A head without a gradient there is no part of the means, and keeps its weight: one of
+    `weight` 0, one that learns from texts alone, and in some steps one that has no targets yet.
 
     Args:
         alpha: How strongly a task that lags behind is helped; 0 makes all norms equal. The paper's range is 0 to 3.
@@ -124,9 +128,14 @@ class GradNorm(TaskWeights):
         return self.weights[head] * self.learned_K[number].clone() * loss
 
     def watched(self, module: Any) -> list[nn.Parameter]:
-        backbone: nn.Module = module.encoder.backbone
-        last = [block for block in blocks(backbone) if any(p.requires_grad for p in block.parameters())][-1:]
-        return [p for p in (last[0] if last else backbone).parameters() if p.requires_grad]
+        backbone: Any = module.encoder.backbone
+        every = [*backbone.blocks] or blocks(backbone)  # the former, where heads may stand behind any of them
+        trained = [n for n, block in enumerate(every) if any(p.requires_grad for p in block.parameters())]
+        heads = [head for head in module.each_head() if head.weight]
+        ends = [backbone.block_number(head.block) if backbone.blocks else len(every) for head in heads]
+        # The last that each head trains; one that reads tokens before all that is trained shares none.
+        last = [max(reached) for end in ends if (reached := [n for n in trained if n <= end])]
+        return [p for p in (every[min(last)] if last else backbone).parameters() if p.requires_grad]
 
     def total(self, loss: Tensor, gradients: Gradients, watched: Sequence[nn.Parameter], seed: int) -> Tensor:
         heads = [head for head in self.heads if head in gradients]
@@ -138,8 +147,8 @@ class GradNorm(TaskWeights):
         first_K = torch.where((first_K == 0) & losses_K.isfinite(), losses_K, first_K)
         self.first_losses_K[rows] = first_K
         updated_K = self.updated(weights_K, norms_K, losses_K / first_K)
-        # Not of a step that is not finite, nor of one in which a head's loss is still 0, as of masked patches at first.
-        self.learned_K[rows] = torch.where(updated_K.isfinite().all(), updated_K, weights_K)
+        is_finite = updated_K.isfinite().all() & losses_K.isfinite().all()  # also a loss that has no gradient here
+        self.learned_K[rows] = torch.where(is_finite, updated_K, weights_K)
         return loss
 
     def updated(self, weights_K: Tensor, norms_K: Tensor, shares_K: Tensor) -> Tensor:
@@ -147,15 +156,19 @@ class GradNorm(TaskWeights):
 
         Args:
             weights_K: Those that the step was made with.
-            norms_K: Of the heads' gradients, weighted so.
+            norms_K: Of the heads' gradients, weighted so; 0 of a head that is left out.
             shares_K: Each head's loss over its first one.
         """
-        mean = norms_K.mean()
-        targets_K = mean * (shares_K / shares_K.mean()).clamp(min=0) ** self.alpha
+        is_in_K = norms_K != 0  # also what is not a number, which is to be seen in all weights
+        count = is_in_K.sum().clamp(min=1)
+        mean = norms_K.sum() / count
+        relative_K = shares_K / (torch.where(is_in_K, shares_K, 0).sum() / count)
+        targets_K = mean * relative_K.clamp(min=0) ** self.alpha
         # Of the sum of |weight * norm without it - target|; targets are constants.
         slopes_K = torch.sign(norms_K - targets_K) * norms_K / weights_K / mean.clamp(min=1e-12)
         moved_K = (weights_K - self.lr * slopes_K).clamp(min=1e-3)
-        return moved_K * (weights_K.sum() / moved_K.sum())
+        before, after = (torch.where(is_in_K, of_K, 0).sum() for of_K in (weights_K, moved_K))
+        return torch.where(is_in_K, moved_K * (before / after), weights_K)
 
 
 class PCGrad(TaskWeights):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from experiments import ROOT
+from experiments import ROOT, learnt
 from helpers import batch_images, features_of, noise, step_losses
+from test_sharding import fitted, largest_difference, one_loss_for_all, sharded, weights
 from torch.utils.flop_counter import FlopCounterMode
 
 from heads.captioning import Captioning
@@ -24,6 +25,7 @@ from indiclip.planning.counter import count_step
 from indiclip.preprocessing import Preprocessing
 from indiclip.text import TextTower
 from indiclip.tokenizers import FastTokenizer
+from indiclip.training.record import read_history
 from indiclip.types import Batch, Origin, Rows, Texts, part_of, targets_of
 
 TOKENIZER = FastTokenizer(str(ROOT / "conf" / "tokenizers" / "mela.json"))
@@ -233,3 +235,23 @@ def test_data_that_do_not_fit_are_refused(encoder):
     make_head(encoder).check({"data.train[0]": without}, {})
     with pytest.raises(ValueError, match=r"heads\.captioning\.task: data\.val\[0\]: Without .* without a caption"):
         make_head(encoder).check({}, {"data.val[0]": Without(4)})
+
+
+@pytest.mark.slow
+def test_two_ranks_of_shards_train_and_write_as_one_process_does(tmp_path):
+    """Although the logits' matrix is read beside the decoder's own call. Losses, weights, and held-out captions."""
+    found = {}
+    for world, strategy in {1: "auto", 2: sharded(1, 2)}.items():
+        tree = one_loss_for_all(strategy, 3)
+        options = {"task": "contrastive", "depth": 1, "regions": True, "num_bins": 20, "max_tokens": 24}
+        tree["model"]["heads"].append({"class_path": "heads.captioning.Captioning", "init_args": options})
+        tree["data"]["steps_per_epoch"] = 3
+        done, folder = fitted(tmp_path / str(world), tree, world)
+        assert done.returncode == 0, done.stderr
+        found[world] = folder
+    assert largest_difference(*(weights(folder) for folder in found.values())) < 1e-6
+    rows = [[learnt(row) for row in read_history(folder)] for folder in found.values()]
+    assert {"train/captioning/caption", "train/captioning/refer", "train/captioning/ground"} <= rows[0][0].keys()
+    assert any(name.startswith("val/captioning/") for name in rows[0][-1])
+    for one, two in zip(*rows, strict=True):
+        assert one == pytest.approx(two, rel=1e-5, abs=1e-6, nan_ok=True)

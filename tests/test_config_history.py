@@ -184,6 +184,9 @@ def history(folder, **tree):
     return found
 
 
+WITHOUT_HEADS = SimpleNamespace(each_head=list)
+
+
 def at_step(step, rank=0):
     return SimpleNamespace(global_step=step, is_global_zero=rank == 0, datamodule=SimpleNamespace(train=[]))
 
@@ -192,20 +195,20 @@ def at_step(step, rank=0):
 def test_a_config_is_kept_with_its_first_step_and_once(hook, tmp_path):
     """Also by a checkpoint that is saved within that step, before the batch has ended."""
     first = history(tmp_path, lr=1)
-    first.on_save_checkpoint(at_step(0), None, {})  # of a run that has not begun
+    first.on_save_checkpoint(at_step(0), WITHOUT_HEADS, {})  # of a run that has not begun
     first.on_train_start(at_step(0), None)
-    first.on_save_checkpoint(at_step(0), None, {})  # before any step
+    first.on_save_checkpoint(at_step(0), WITHOUT_HEADS, {})  # before any step
     assert list(tmp_path.iterdir()) == []
-    getattr(first, hook)(at_step(1), None, {})
+    getattr(first, hook)(at_step(1), WITHOUT_HEADS, {})
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == {"lr": 1}
     second = history(tmp_path, lr=2)
     second.on_train_start(at_step(5), None)
-    second.on_save_checkpoint(at_step(5), None, {})
-    getattr(second, hook)(at_step(6, rank=1), None, {})  # another rank
+    second.on_save_checkpoint(at_step(5), WITHOUT_HEADS, {})
+    getattr(second, hook)(at_step(6, rank=1), WITHOUT_HEADS, {})  # another rank
     assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == {"lr": 1}
     for step in (6, 7):
-        getattr(second, hook)(at_step(step), None, {})
+        getattr(second, hook)(at_step(step), WITHOUT_HEADS, {})
     found = {file.name: yaml.safe_load(file.read_text()) for file in tmp_path.iterdir()}
     assert found == {"config.yaml": {"lr": 2}, "config-5.yaml": {"lr": 1}}
 

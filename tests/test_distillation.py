@@ -6,16 +6,20 @@ import torch
 from experiments import config, fit
 from fake_gpu import NoWaits, attention_kernel, moved, on_fake_gpu, step_batch
 from helpers import caption_batch, packed, step_losses, tiny_encoder
+from test_same_numbers import OneStep, batches_of
 from test_sharding import fitted, largest_difference, sharded, weights
 from torch._subclasses import FakeTensorMode
 
+from heads.captioning import Captioning
 from heads.contrastive import Contrastive
 from heads.distillation import Distillation
 from indiclip import flex
+from indiclip.checkpoint import load
 from indiclip.module import MultiTask
 from indiclip.online_teacher import OnlineTeacher
 from indiclip.planning.step_model import count_loss
 from indiclip.pretrained.read import read_weights
+from indiclip.training.config_history import logits_of
 from indiclip.types import Texts
 
 CAPTIONS = ["a kite", "दीया", "a pot", "a kite", "a drum"]
@@ -83,6 +87,26 @@ def test_a_copy_of_the_student_stays_as_it_is_and_is_saved():
     assert all(torch.equal(value, before[name]) for name, value in head.teacher.state_dict().items())
 
 
+def test_a_teacher_beside_runs_once_for_each_part_of_a_batch(monkeypatch):
+    """Although gradient caching has each part twice; and what it has said is not kept longer than the parts are."""
+    heads = [Contrastive(), Distillation(OnlineTeacher("initial"), task="contrastive")]
+    heads.append(Captioning(task="scenes", depth=1))
+    monkeypatch.setattr("test_same_numbers.heads", lambda _: heads)
+    module, teacher, seen = OneStep(micro_batches=3), heads[1].teacher, []
+    teacher.encoder.backbone.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0]["num_patches"])))
+    batches = batches_of()
+    first = dict(module.step(batches)[0])
+    assert sum(seen) == len(batches["contrastive"]["keys"])
+    assert len(teacher._said) == 0
+    assert module.step(batches)[0] == first  # nothing of another step is taken for this one's
+    assert sum(seen) == 2 * len(batches["contrastive"]["keys"])
+    with torch.no_grad():
+        heads[1].loss(module.encoder.features(batches["contrastive"]["images"]), batches["contrastive"], module.encoder)
+    assert len(teacher._said) == 1
+    del batches
+    assert len(teacher._said) == 0
+
+
 def test_other_patches_are_refused(tmp_path):
     file = save(tiny_encoder(1), tmp_path / "teacher.ckpt")
     student = tiny_encoder(0)
@@ -91,8 +115,42 @@ def test_other_patches_are_refused(tmp_path):
         Distillation(OnlineTeacher(file)).bind(student)
 
 
-def test_a_run_that_distils_is_read_with_the_scale_of_its_contrastive_loss(tmp_path):
+def test_an_older_run_is_read_with_the_scale_of_its_contrastive_loss(tmp_path):
     assert read_weights(save(tiny_encoder(), tmp_path / "x.ckpt")).logits() == {"logit_scale": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ({"contrastive": 1.0, "distillation": 3.0}, "heads.contrastive.criterion"),
+        ({"contrastive": 0.0, "distillation": 3.0}, "heads.distillation.distance"),
+        ({"contrastive": 0.0}, "heads.contrastive.criterion"),  # with the logits that `init_from` gave
+        ({"contrastive": 0.0, "distillation": 1.0, "another": 1.0}, ""),
+        ({"contrastive": 1.0, "second": 1.0, "distillation": 1.0}, ""),
+    ],
+)
+def test_the_temperature_of_a_run_is_of_a_loss_that_trains(weights, expected):
+    kinds = {"contrastive": Contrastive, "second": Contrastive}
+    heads = [kinds.get(name, Distillation)(task="t", name=name, weight=weight) for name, weight in weights.items()]
+    for head in heads:
+        head.bind(tiny_encoder())
+    assert logits_of(heads) == expected
+
+
+def test_a_distilled_run_is_read_and_teaches_at_the_scale_that_it_learned(tmp_path):
+    """Exports write what `load` gives; the bias of the contrastive loss, which is not trained, stays behind as well."""
+    run = tree(max_steps=2)
+    del run["data"]["overrides"], run["model"]["heads"][1]  # the teacher runs beside
+    assert fit(tmp_path, run) == 0
+    folder = tmp_path / "runs" / "experiment"
+    state = weights(folder)
+    learned, other = (float(state[f"heads.{of}.logit_scale"]) for of in ("beside.distance", "contrastive.criterion"))
+    assert learned != pytest.approx(np.log(1 / 0.07), abs=1e-4)
+    assert other == pytest.approx(np.log(10))
+    encoder = load(folder)
+    assert encoder.initial_logits == {"logit_scale": learned}
+    teacher = OnlineTeacher(str(folder)).beside(encoder, "heads.distillation.teacher")
+    assert teacher.logit_scale_ == encoder.logit_factor == pytest.approx(np.exp(learned))
 
 
 def test_the_planner_counts_what_is_compared():

@@ -3,19 +3,25 @@
 That ranks and micro-batches make no difference is in tests/test_same_numbers.py.
 """
 
+import copy
 import random
 
 import pytest
 import torch
 import yaml
 from experiments import config, fit
+from fake_gpu import NoWaits, on_fake_gpu
 from helpers import tiny_encoder
+from torch._subclasses import FakeTensorMode
 
 from heads.contrastive import Contrastive
+from heads.depth import Depth
+from indiclip.backbone import NaFlexViT
 from indiclip.module import MultiTask
 from indiclip.old_names import translate_checkpoint, translate_config
 from indiclip.task_weights import GradNorm, PCGrad, Uncertainty, project
 from indiclip.training.fault_tolerance.manifest import newest_good
+from indiclip.training.record import read_history
 
 
 def test_uncertainty_by_hand():
@@ -140,12 +146,69 @@ def test_gradnorm_keeps_its_weights_in_a_step_that_says_nothing(factors):
     assert strategy.first_losses_K.tolist() == [2, 6]
 
 
-def test_gradnorm_watches_the_last_block():
-    module = MultiTask(tiny_encoder(), [Contrastive()], task_weights=GradNorm())
+def gradnorm_of(heads, depth=4, **options):
+    """Paths of the blocks that GradNorm watches, for heads that are given as (block, weight)."""
+    encoder = tiny_encoder()
+    encoder.backbone = NaFlexViT(width=32, depth=depth, num_heads=2, patch_size=8)
+    made = [Contrastive(weight=heads[0][1], name="first")]
+    for number, (block, weight) in enumerate(heads[1:]):
+        made.append(Depth(channels=8, block=block, weight=weight, name=f"depth{number}"))
+    module = MultiTask(encoder, made, task_weights=GradNorm(), **options)
     names = {id(p): name for name, p in module.named_parameters()}
     watched = [names[id(p)] for p in module.task_weights.watched(module)]
     assert watched
-    assert all(name.startswith("encoder.backbone.vit.blocks.0.") for name in watched)
+    return {name.removeprefix("encoder.backbone.vit.blocks.")[0] for name in watched}
+
+
+@pytest.mark.parametrize(
+    ("heads", "frozen", "block"),
+    [
+        ([(None, 1)], [], "3"),
+        ([(None, 1), (None, 1)], [], "3"),
+        ([(None, 1), (-2, 1), (1, 1)], [], "1"),
+        ([(None, 1), (0, 1)], [], "0"),
+        ([(None, 1), (-2, 1), (1, 0)], [], "2"),  # one without a weight has no say
+        ([(None, 1), (-2, 1)], [2, 3], "1"),  # what is not trained has no gradient
+        ([(None, 1), (0, 1), (2, 1)], [0, 1], "2"),  # one that trains no block shares none
+    ],
+)
+def test_gradnorm_watches_the_last_block_that_all_heads_share(heads, frozen, block):
+    freeze = [f"encoder.backbone.vit.blocks.{number}" for number in frozen]
+    assert gradnorm_of(heads, freeze=freeze) == {block}
+
+
+def test_what_has_no_gradient_on_the_shared_block_is_left_out():
+    """Two heads learn the same weights with and without three others: of texts alone, of weight 0, of loss 0."""
+    found = {}
+    for names in ("ab", "abcde"):
+        strategy = GradNorm(lr=0.1)
+        strategy.bind(dict.fromkeys(names, 1.0) | ({"d": 0.0} if "d" in names else {}))
+        shared, apart = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+        for step in range(50):
+            of_shared = shared.sum() * 0.97**step
+            losses = {"a": of_shared, "b": 9 + of_shared, "c": apart.sum(), "d": 5 * of_shared, "e": 0 * of_shared}
+            parts = {n: strategy.part(n, losses[n]) for n in names}
+            gradients = {
+                n: torch.autograd.grad(part, [shared], retain_graph=True, allow_unused=True)
+                for n, part in parts.items()
+            }
+            strategy.total(sum(parts.values()), gradients, [shared], step)
+        found[names] = strategy.learned_K.tolist()
+    assert found["abcde"] == pytest.approx([*found["ab"], 1, 1, 1])
+    assert found["ab"][1] > 1.2  # b is the slower one
+
+
+def test_gradnorm_waits_for_no_gpu():
+    strategy = GradNorm()
+    strategy.bind(dict.fromkeys("abc", 1.0))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        on_fake_gpu(mode, strategy)
+        losses = {n: torch.ones((), device="cuda") for n in "abc"}
+        watched = [torch.ones(2, device="cuda")]
+        with NoWaits():
+            total = sum(strategy.part(n, loss) for n, loss in losses.items())
+            strategy.total(total, {"a": [watched[0]], "b": [watched[0]], "c": [None]}, watched, 0)
+    assert strategy.learned_K.device.type == "cuda"
 
 
 DETECTION = {
@@ -176,6 +239,26 @@ def test_a_run_that_goes_on_is_the_run_that_was_not_interrupted(tmp_path, name):
     assert all(torch.equal(value, resumed[n]) for n, value in whole.items())
     if name == "GradNorm":
         assert not torch.equal(whole["task_weights.learned_K"], torch.ones(2))
+
+
+def test_heads_of_earlier_blocks_of_texts_alone_and_of_no_weight_leave_the_others_theirs(tmp_path):
+    """Through the command: each of them once took what the others' weights are made of."""
+    tree = config(trainer__max_steps=4, model__warmup_steps=0, model__lr=0.01)
+    tree["model"]["encoder"]["backbone"]["init_args"]["depth"] = 2
+    texts = {"class_path": "heads.masked_modelling.MaskedModelling"}
+    texts["init_args"] = {"task": "contrastive", "losses": {"mlm": 1.0}, "width": 16, "num_heads": 1}
+    tree["model"]["heads"] += [copy.deepcopy(DETECTION), texts]
+    tree["model"]["heads"].append({"class_path": "heads.contrastive.Contrastive", "init_args": {"name": "scores"}})
+    tree["model"]["heads"][1]["init_args"]["block"] = -2
+    tree["model"]["heads"][3]["init_args"] |= {"task": "contrastive", "weight": 0.0}
+    tree["model"]["task_weights"] = {"class_path": "indiclip.task_weights.GradNorm", "init_args": {"lr": 0.1}}
+    tree["data"] |= {"val": [], "steps_per_epoch": 4}
+    assert fit(tmp_path, tree) == 0
+    last = read_history(tmp_path / "runs" / "experiment")[-1]
+    learned = {n.split("/")[1]: value for n, value in last.items() if n.endswith("/task_weight")}
+    assert learned["masked_modelling"] == learned["scores"] == 1
+    assert learned["contrastive"] + learned["detection"] == pytest.approx(2)
+    assert learned["contrastive"] != 1
 
 
 def test_configs_and_checkpoints_with_the_old_switch_go_on(tmp_path):

@@ -4,8 +4,6 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from indiclip.names import check_choice, nearest_beside
 from indiclip.old_names import translate_checkpoint
 from indiclip.pretrained.build import NEWER
@@ -13,9 +11,11 @@ from indiclip.pretrained.sharded import is_sharded
 from indiclip.pretrained.weights import PART_OF, Weights, read_tensors
 
 AVERAGES = "averages"  # entry of a checkpoint: `state_dict` and `num_updates` of `indiclip.training.ema.EMA`
+LOGITS = "logits"  # entry of a checkpoint: the path of the loss with the run's temperature, "" for none
 CHOICES = ("auto", "ema", "last", "best")
 _ENCODER = "encoder."
 _LOGITS = ("logit_scale", "logit_bias")
+_SCALE = re.compile(r"heads\..*\.logit_scale")
 
 
 def read_run(path: str, which: str = "auto") -> Weights:
@@ -33,7 +33,7 @@ def read_run(path: str, which: str = "auto") -> Weights:
     chosen = read_checkpoint(path, which)
     checkpoint, weights = chosen.checkpoint, chosen.checkpoint["state_dict"]
     tensors = {name.removeprefix(_ENCODER): weight for name, weight in weights.items() if name.startswith(_ENCODER)}
-    logits = _logits(weights)
+    logits = _logits(checkpoint)
     heads = [name for name in weights if not name.startswith(_ENCODER) and name.rpartition(".")[2] not in logits]
     return Weights(
         str(chosen.file),
@@ -117,13 +117,15 @@ def checkpoint_file(path: Path) -> Path:
     return found[-1]
 
 
-def _logits(weights: dict[str, Tensor]) -> dict[str, Any]:
-    """Temperature and bias of the run's contrastive loss; none where it has several such heads or none.
+def _logits(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Temperature and bias of the loss that `LOGITS` names.
 
-    The distance to a teacher, of `heads.distillation`, has a temperature too, which counts where there is no other.
+    A checkpoint without this entry is older, or has weights alone. It is read as of a run whose contrastive loss had a
+    weight; the distance to a teacher is told from that by its name in `heads.distillation`.
     """
-    losses = [key.removesuffix(_LOGITS[0]) for key in weights if re.fullmatch(rf"heads\..*\.{_LOGITS[0]}", key)]
-    losses = [loss for loss in losses if not loss.endswith(".distance.")] or losses
-    if len(losses) != 1:
-        return {}
-    return {name: weights[losses[0] + name] for name in _LOGITS if losses[0] + name in weights}
+    weights = checkpoint["state_dict"]
+    if (loss := checkpoint.get(LOGITS)) is None:
+        losses = [key.removesuffix(f".{_LOGITS[0]}") for key in weights if _SCALE.fullmatch(key)]
+        losses = [path for path in losses if not path.endswith(".distance")] or losses
+        loss = losses[0] if len(losses) == 1 else ""
+    return {name: weights[f"{loss}.{name}"] for name in _LOGITS if f"{loss}.{name}" in weights}
