@@ -56,11 +56,10 @@ ARROWS = {
     "names.py": "",
     "steps.py": "",
     "moving_average.py": "pooling",
-    "masked_images.py": "backbone types",
-    "masked_positions.py": "types block_masks",
+    "masked_images.py": "backbone types block_masks",
     "masked_texts.py": "text",
     "masked_towers.py": (
-        "types backbone text masked_images masked_positions masked_texts teacher multimodal_encoder patch_codebook"
+        "types backbone text masked_images block_masks masked_texts teacher multimodal_encoder patch_codebook"
     ),
     "masked_metric.py": "head",
     "mismatched_pairs.py": "distributed multimodal_encoder",
