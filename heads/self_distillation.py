@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from indiclip.block_masks import MaskKind, masks_of
+from indiclip.chunked_cross_entropy import chunked_cross_entropy
 from indiclip.head import Head, ListMetric, Losses, Measure, Prediction, WholeBatch
 from indiclip.masked_images import patches_of_tokens, patches_per_side, with_hidden_tokens
-from indiclip.self_distillation_losses import Centring, Projector, Targets, dino_loss, koleo_loss, token_loss
+from indiclip.self_distillation_losses import Centring, Projector, Targets, dino_loss, koleo_loss
 from indiclip.teacher import Teacher
 from indiclip.types import Batch, Features, Images, in_float32, random_seeds
 
@@ -212,8 +213,8 @@ class SelfDistillation(Head):
                 terms["dino"] = self.dino_weight * loss
             if self.ibot_weight:
                 said = self._said_by_teacher("patch", rows.teacher_tokens_RC)
-                units = _projector(self.student, "patch").units(rows.student_tokens_RC)
-                loss = token_loss(said, *units, rows.weights_R.detach(), self.temperature)
+                unit_RC, unit_KC = _projector(self.student, "patch").units(rows.student_tokens_RC)
+                loss, _ = chunked_cross_entropy(unit_RC / self.temperature, unit_KC, said, rows.weights_R.detach())
                 terms["ibot"] = self.ibot_weight * loss / len(rows.student_BSC)
             if self.koleo_weight:
                 crops = rows.pooled_seen_BGD.unbind(1)

@@ -105,7 +105,7 @@ ARROWS = {
     "logit_chunks.py": "distributed",
     "distillation_loss.py": "losses logit_chunks autograd distributed",
     "online_teacher.py": "types names encoder checkpoint",
-    "self_distillation_losses.py": "distributed logit_chunks autograd chunked_cross_entropy",
+    "self_distillation_losses.py": "distributed logit_chunks",
     "block_masks.py": "",
     "teacher.py": "types moving_average",
     "fcos.py": "types ratios",
