@@ -159,8 +159,8 @@ class MaskedModelling(Head):
         if self.targets == "teacher":
             return Teacher(encoder, has_pool=False)
         backbone, key = encoder.backbone, f"heads.{self.name}.codebook"
-        pixels = (of.repeat(self.per_side**2) for of in (backbone.mean_P, backbone.std_P))
-        return PatchCodebook(self.options, *pixels, key)
+        mean_P, std_P = (of.repeat(self.per_side**2) for of in (backbone.mean_P, backbone.std_P))
+        return PatchCodebook(self.options, mean_P, std_P, key)
 
     @property
     def codebook(self) -> PatchCodebook | None:

@@ -103,7 +103,7 @@ ARROWS = {
     "losses.py": "logit_chunks softmax_sums autograd",
     "softmax_sums.py": "logit_chunks",
     "logit_chunks.py": "distributed",
-    "distillation_loss.py": "losses logit_chunks autograd distributed",
+    "distillation_loss.py": "losses logit_chunks chunked_cross_entropy autograd distributed",
     "online_teacher.py": "types names encoder checkpoint",
     "self_distillation_losses.py": "distributed logit_chunks",
     "block_masks.py": "",
