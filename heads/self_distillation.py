@@ -177,7 +177,9 @@ class SelfDistillation(Head):
         crops: list[Tensor] = []  # the student goes first: autocast would remember its weights without gradients
         rows_R = weights_R = torch.zeros(0, dtype=torch.long)
         if self.ibot_weight or self.koleo_weight or several:
-            hidden, rows_R, weights_R = self._hide(seen, batch, encoder)
+            hidden = seen
+            if self.ibot_weight:
+                hidden, rows_R, weights_R = self._hide(seen, batch, encoder)
             of_seen = encoder.features(hidden)
             if self.ibot_weight:
                 rows["student_tokens_RC"] = self.student["patch"](_rows_of(of_seen, rows_R))
@@ -228,15 +230,9 @@ class SelfDistillation(Head):
 
     def _hide(self, images: Images, batch: Batch, encoder: "Encoder") -> tuple[Images, Tensor, Tensor]:
         """The teacher's crops as the student sees them, and what it is to predict: places of tokens, their weights."""
-        backbone = encoder.backbone
-        if not self.ibot_weight:
-            none_R = torch.zeros(0, dtype=torch.long, device=images["patches_BNP"].device)
-            return images, none_R, none_R
-        patches = patches_of_tokens(images, backbone)
+        patches, weight = patches_of_tokens(images, encoder.backbone), self.visible_weight
         masks = self.masks(random_seeds(batch), [of.shape[:2] for of in patches])
-        hidden, rows_R, weights_R = with_hidden_tokens(
-            images, masks, patches, self.mask_P, backbone, self.visible_weight
-        )
+        hidden, rows_R, weights_R = with_hidden_tokens(images, masks, patches, self.mask_P, encoder.backbone, weight)
         per_image = len(masks) // len(batch["keys"])
         return hidden, rows_R, weights_R / per_image
 
