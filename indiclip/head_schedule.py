@@ -40,23 +40,33 @@ def unused_parts(heads: Sequence[Head]) -> list[str]:
     return paths
 
 
-def idle_parameters(
-    module: nn.Module, heads: Sequence[Head], active: Sequence[Head], task_weights: TaskWeights
-) -> list[nn.Parameter]:
-    """What will be trained, but not in a step in which only some of the heads take part.
+def idle_parts(module: nn.Module, heads: Sequence[Head], active: Sequence[Head]) -> list[nn.Module]:
+    """What a step does not reach in which only some of the heads take part, and other steps do.
 
     Args:
         module: Which `unused_parts` are parts of.
         heads: All of the run.
         active: Those that take part.
-        task_weights: Of all heads.
     """
     idle = [head for head in heads if head not in active]
     if not idle:
         return []
-    parts = [*idle, *(module.get_submodule(path) for path in unused_parts(active))]
     backbone: Any = module.get_submodule("encoder.backbone")
-    parts += backbone.blocks_behind([head.block for head in active])
-    parameters = [parameter for part in parts for parameter in part.parameters()]
-    parameters += [parameter for head in idle for parameter in task_weights.learned_for(head.name)]
+    unused = [module.get_submodule(path) for path in unused_parts(active)]
+    return [*idle, *unused, *backbone.blocks_behind([head.block for head in active])]
+
+
+def idle_parameters(
+    module: nn.Module, heads: Sequence[Head], active: Sequence[Head], task_weights: TaskWeights
+) -> list[nn.Parameter]:
+    """What will be trained, but not in such a step.
+
+    Args:
+        module: As of `idle_parts`, as `heads` and `active` are.
+        heads: See there.
+        active: See there.
+        task_weights: Of all heads.
+    """
+    parameters = [p for part in idle_parts(module, heads, active) for p in part.parameters()]
+    parameters += [p for head in heads if head not in active for p in task_weights.learned_for(head.name)]
     return [parameter for parameter in parameters if parameter.requires_grad]

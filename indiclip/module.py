@@ -5,6 +5,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import chain
 from typing import Any, Self, cast
 
 import lightning as L
@@ -21,12 +22,13 @@ from indiclip.float8 import Recipe, convert_to_float8, share_scales
 from indiclip.freezing import freeze as freeze_paths
 from indiclip.freezing import frozen_paths, keep_frozen
 from indiclip.head import Head, Losses, Prediction, computed
-from indiclip.head_schedule import idle_parameters, start_steps, unused_parts
+from indiclip.head_schedule import idle_parameters, idle_parts, start_steps, unused_parts
 from indiclip.held_out_scores import HeldOutScores
 from indiclip.lightning_internals import batches_done, estimated_steps, gradient_scale, logs_after_step
 from indiclip.micro_batches import CachedGradients, Outputs, split
 from indiclip.names import check_range
 from indiclip.parameter_groups import parameter_groups
+from indiclip.pooling import running_statistics
 from indiclip.ratios import Values, as_ratios, means_over_ranks, over_all_ranks
 from indiclip.task_weights import Fixed, TaskWeights, gradients_of
 from indiclip.types import Batch, Features, Origin
@@ -222,6 +224,13 @@ class MultiTask(L.LightningModule):
 
     def _idle_parameters(self) -> list[nn.Parameter]:
         return idle_parameters(self, self.each_head(), self.active_heads(), self.task_weights)
+
+    def idle_names(self) -> set[str]:
+        """Of the weights and running statistics that this step leaves as they are, and other steps do not."""
+        statistics = (running_statistics(part) for part in idle_parts(self, self.each_head(), self.active_heads()))
+        if not (idle := {id(tensor) for tensor in chain(self._idle_parameters(), *statistics)}):
+            return set()
+        return {name for name, tensor in chain(self.named_parameters(), self.named_buffers()) if id(tensor) in idle}
 
     def training_step(self, batches: Batches, batch_idx: int) -> Tensor:
         _count_in_float32()

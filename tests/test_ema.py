@@ -8,18 +8,25 @@ from types import SimpleNamespace
 import pytest
 import torch
 from experiments import config, fit
+from helpers import tiny_encoder
+from lightning import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy
 from processes import on_ranks
+from test_module import SMALL, mela_data, trainer
 from torch import nn
 
 import indiclip
+from heads.contrastive import Contrastive
+from heads.detection import Detection
+from indiclip.module import MultiTask
 from indiclip.training import record as record_module
 from indiclip.training.cli import run
 from indiclip.training.ema import EMA
 from indiclip.training.sharding import ShardedStrategy
 from indiclip.training.trainer_setup import trainer_options
 
+LATE = "heads.late.towers.ltrb.weight"
 CALLBACK = {"class_path": "indiclip.training.ema.EMA", "init_args": {"decay": 0.5}}
 
 
@@ -49,6 +56,70 @@ def test_the_average_is_that_of_the_formula():
     assert sorted(ema._averages) == sorted(names)
     for name in names:
         torch.testing.assert_close(ema._averages[name].double(), expected[name], atol=1e-6, rtol=1e-6)
+
+
+def test_the_average_of_what_begins_late_counts_from_there():
+    """By hand, in float64: what two updates left untouched is as it was, and then has the decays of a beginning."""
+    module, ema = model(), EMA(decay=0.9999)
+    ema._untouched = {"1.weight", "1.running_mean"}
+    ema.update(module)
+    expected = {name: module.state_dict()[name].double().clone() for name in ema._averages}
+    for step in range(5):
+        late = {name: module.state_dict()[name].clone() for name in ema._untouched}
+        moved(module, step)
+        for name, tensor in late.items():
+            module.state_dict()[name].copy_(tensor)
+        if step == 2:
+            ema._untouched = set()
+            moved(module, step)
+        ema.update(module)
+        for name, average in expected.items():
+            number = max(step - 2, -1) if name in ("1.weight", "1.running_mean") else step
+            decay = (1 + number) / (10 + number)
+            expected[name] = decay * average + (1 - decay) * module.state_dict()[name].double()
+    for name, average in ema._averages.items():
+        torch.testing.assert_close(average.double(), expected[name], atol=1e-6, rtol=1e-6)
+
+
+class Watch(Callback):
+    """Notes one weight of a late head after each step, and ends the run after one of them."""
+
+    def __init__(self, stop):
+        self.stop, self.seen = stop, []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.seen.append(pl_module.get_parameter(LATE).detach().clone())
+        trainer.should_stop = trainer.global_step >= self.stop
+
+
+@pytest.mark.parametrize("every_n_steps", [1, 3])
+def test_a_head_that_begins_late_leaves_nothing_of_its_random_start(tmp_path, every_n_steps):
+    """By hand from the weights of a run; one that is stopped before, at and after the head's first step is the same."""
+
+    def averages(*stops):
+        for stop in stops:
+            torch.manual_seed(0)
+            module = MultiTask(
+                tiny_encoder(), [Contrastive(), Detection(**SMALL, start=0.5, name="late")], warmup_steps=0
+            )
+            ema, watch = EMA(every_n_steps=every_n_steps), Watch(stop)
+            run = trainer(tmp_path, max_steps=12, limit_val_batches=0, callbacks=[ema, watch])
+            run.fit(module, mela_data(), ckpt_path=last if stop != stops[0] else None, weights_only=False)
+            run.save_checkpoint(last)
+        return {name: average.clone() for name, average in ema._averages.items()}, watch.seen
+
+    last = tmp_path / "last.ckpt"
+    whole, seen = averages(12)
+    parts, _ = averages(4, 6, 7, 12)
+    for name, average in whole.items():
+        assert torch.equal(average, parts[name]), name
+    assert torch.equal(seen[0], seen[5])
+    assert not torch.equal(seen[5], seen[6])
+    expected = seen[5].double()
+    for number, after in enumerate(range(6 if every_n_steps == 1 else 8, 12, every_n_steps)):
+        decay = (1 + number) / (10 + number)
+        expected = decay * expected + (1 - decay) * seen[after].double()
+    torch.testing.assert_close(whole[LATE].double(), expected, atol=1e-6, rtol=1e-6)
 
 
 def test_averages_of_half_precision_weights_are_in_single():

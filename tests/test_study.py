@@ -164,7 +164,7 @@ def test_the_page_has_every_number_and_the_commands(done):
     assert 2 < relative < 2.3
     of = Results(done_study).compared("scenes/zero_shot@32", "FLOPs")["wide"]
     numbers = f"{of.own.value:+.3f} ({of.pooled.low:+.3f} to {of.pooled.high:+.3f})"
-    assert row == f"| wide | {relative:.2f} | {wide.steps} | {done_study.rate('wide'):g} | {of.verdict} {numbers} |"
+    assert row == f"| wide | {relative:.2f} | {wide.steps} | – | {of.verdict} {numbers} |"
 
 
 @pytest.mark.slow
@@ -318,6 +318,20 @@ def test_what_is_prepared_is_made_once_and_by_one_command(tmp_path):
         [*Prepared(read_grid(grid(tmp_path, prepare=items)), root).todo()]
 
 
+def test_a_slice_ends_at_its_time():
+    """What runs is told to end."""
+
+    def run():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(60)
+
+    work = [Task(("arm", name, "train"), 1.0, run, lambda status: "") for name in ("one", "two")]
+    part, began = Slice(1, 0.02), time.monotonic()
+    part.work(lambda: work)
+    assert time.monotonic() - began < 30
+    assert part.status(left=2) == 3
+
+
 def test_what_is_left_is_listed_only_where_a_process_may_start():
     """And not whenever the slice looks at the time, each second."""
     listed = []
@@ -344,6 +358,9 @@ def test_a_plan_before_anything_is_prepared_is_of_the_other_arms(done, capsys):
     assert "to prepare: teacher, about 1.00 CPU-hours" in out
     assert "counted and timed once that is prepared: taught" in out
     assert [line.split()[0] for line in out.splitlines()[-3:]] == ["plain", "wide", "4"]
+    assert study.main([str(of), "--runs", str(folder.parent)]) == 1  # as `false` has no success
+    out = capsys.readouterr().out
+    assert out.index("wide ") < out.index("about 3600 CPU-seconds")
 
 
 @pytest.mark.slow

@@ -34,6 +34,7 @@ def write_study(study: Study, prepared: Prepared, failed: list[str]) -> Path:
     grid, costs = study.grid, Costs(study.root)
     main = [name for name in grid.main if name in results.names] or results.names[:4]
     tables = {equal: {name: results.compared(name, equal) for name in results.names} for equal in ("FLOPs", "steps")}
+    machine = _machine(costs)
     spent, rows, references = _spent(costs), _costs(study, results, costs), _references(study, prepared)
     values = {
         "title": grid.title,
@@ -55,7 +56,7 @@ def write_study(study: Study, prepared: Prepared, failed: list[str]) -> Path:
         "skipped": _skipped(study),
         "failed": failed,
         "left": study.left(),
-        "machine": _machine(),
+        "machine": machine,
         "dates": _dates(costs),
         "NO_DIFFERENCE": NO_DIFFERENCE,
         "signed": signed,
@@ -66,7 +67,7 @@ def write_study(study: Study, prepared: Prepared, failed: list[str]) -> Path:
         "shown_arm": grid.shown_arm,
         "scored_at": lambda arm, equal: _scored_at(study, arm, equal),
     }
-    end = f"{sum(spent.values()) / 3600:.1f} CPU-hours, {values['dates']}. {values['machine']}."
+    end = f"{sum(spent.values()) / 3600:.1f} CPU-hours, {values['dates']}. {machine}."
     json_lines.write_whole(study.root / "study.md", markdown(results, main, tables, rows, references, end).encode())
     return write_page(study.root / "study.html", "study.html", **values)
 
@@ -96,8 +97,8 @@ def _seeds_missing(results: Results, arm: str, difference: Difference) -> str:
     return f"{difference.num} of {planned} seeds" if difference.num < planned else ""
 
 
-def _machine() -> str:
-    """Of this process: what the numbers depend on."""
+def _machine(costs: Costs) -> str:
+    """What the numbers depend on: of this process, and the commits that made them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -106,6 +107,8 @@ def _machine() -> str:
     processor = next(iter(names), "") or platform.machine()
     libraries = ("torch", "lightning", "timm", "transformers", "indiclip")
     versions = [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in libraries)]
+    commits = dict.fromkeys(row["code"] for row in costs.rows if row.get("code"))
+    versions += [f"commit {', '.join(commits)}"] * bool(commits)
     return f"{os.cpu_count()} cores of {processor}, one thread per run; {', '.join(versions)}"
 
 

@@ -15,6 +15,7 @@ import json
 import os
 import resource
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -162,7 +163,16 @@ def spent(root: Path, arm: str, run: str, kind: str, states: int = 0) -> None:
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     seconds = sum(usage.ru_utime + usage.ru_stime for usage in usages)
     row = {"arm": arm, "run": run, "kind": kind, "states": states, "cpu_seconds": round(seconds, 2)}
-    json_lines.append(root / "spent.jsonl", [row | {"date": time.strftime("%Y-%m-%d %H:%M")}])
+    json_lines.append(root / "spent.jsonl", [row | {"date": time.strftime("%Y-%m-%d %H:%M"), "code": code()}])
+
+
+def code() -> str:
+    """Which commit is running, `+` where it was changed; nothing where this is no checkout of git."""
+    try:
+        ask = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+        return subprocess.run(ask, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def metrics(place: Place) -> dict[str, float]:

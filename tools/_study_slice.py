@@ -7,7 +7,7 @@ import multiprocessing.connection
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +57,7 @@ class Slice:
             return 128 + self.signal
         return 1 if self.failed else 3 if left else 0
 
-    def work(self, todo: Callable[[], Iterator[Task]]) -> None:
+    def work(self, todo: Callable[[], Iterable[Task]]) -> None:
         """Start what is to be done, and wait for it."""
         before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -74,7 +74,7 @@ class Slice:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _fill(self, tasks: Iterator[Task]) -> None:
+    def _fill(self, tasks: Iterable[Task]) -> None:
         """Start as many as may run."""
         busy = {task.key for task, _ in self._running.values()}
         without = {arm for arm, _, _ in self.failed}

@@ -29,7 +29,7 @@ from statistics import median
 
 import torch
 from _study_flops import Counted, count_arm
-from _study_grid import Grid, Run, arm_content, digest_of, read_grid
+from _study_grid import TIMING, Grid, Run, arm_content, digest_of, read_grid
 from _study_page import write_study
 from _study_prepare import Prepared
 from _study_runs import Costs, Place, metrics, planned_runs, train
@@ -114,6 +114,10 @@ class Study:
                 key = (place.run.arm, place.run.name, "train")
                 yield Task(key, self.run_seconds(place.run, costs), partial(train, place, self.grid), place.end)
 
+    def timing(self) -> list[Task]:
+        """What is left of the timing of arms."""
+        return [task for task in self.todo() if task.key[1] == TIMING]
+
     def step_seconds(self, arm: str, costs: Costs) -> float:
         """CPU-seconds of a step; of an arm that was not timed by its FLOPs, as fast as those that were."""
         if own := costs.step(arm):
@@ -194,8 +198,13 @@ def show_plan(study: Study) -> None:
         print(
             f"{arm:24} {stages:>13} {counted.steps:7} {counted.flops:10.3e} {seconds} {', '.join(map(str, run.marks))}"
         )
+    show_cost(study)
+
+
+def show_cost(study: Study) -> None:
+    """Print what is left and what was spent; the seconds of arms that were not timed are estimates."""
     runs, seconds = study.left()
-    done = sum(costs.total().values())
+    done = sum(Costs(study.root).total().values())
     print(f"{runs} runs are left: about {seconds / 3600:.2f} CPU-hours; spent {done / 3600:.2f}", flush=True)
 
 
@@ -207,7 +216,9 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("grid", type=Path)
     parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="folder of all studies")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time, of one thread each")
-    parser.add_argument("--minutes", type=float, default=150.0, help="of this slice")
+    parser.add_argument(
+        "--minutes", type=float, default=140.0, help="of this slice; what runs then has two more to save"
+    )
     parser.add_argument("--dry_run", action="store_true", help="time the arms and print the plan")
     given = parser.parse_args(words)
     torch.set_num_threads(1)
@@ -219,19 +230,24 @@ def main(words: list[str] | None = None) -> int:
         check_scores(grid)
         root = given.runs.resolve() / grid.name
         part, prepared = Slice(given.jobs, given.minutes), Prepared(grid, root)
-        if seconds := prepared.cpu_seconds():
-            print(f"to prepare: {', '.join(prepared.items)}, about {seconds / 3600:.2f} CPU-hours", flush=True)
-        if not given.dry_run:
-            part.work(prepared.todo)
         if [*prepared.todo()]:
-            if not given.dry_run:
-                print("what is prepared is not done; the same command goes on")
-                return part.status(left=1)
-            grid = without_prepared(grid)
+            seconds, others = prepared.cpu_seconds(), without_prepared(grid)
+            print(f"to prepare: {', '.join(prepared.items)}, about {seconds / 3600:.2f} CPU-hours", flush=True)
+            if given.dry_run:
+                grid = others
+            else:
+                if others.arms:
+                    show_plan(Study(others, root))
+                part.work(prepared.todo)
+                if [*prepared.todo()]:
+                    print("what is prepared is not done; the same command goes on")
+                    return part.status(left=1)
         if not grid.arms:
             return part.status(left=0)
         study = Study(grid, root)
-        part.work(lambda: (task for task in study.todo() if task.key[1] == "timing"))
+        if study.timing():
+            show_cost(study)
+            part.work(study.timing)
         show_plan(study)
         if given.dry_run:
             return part.status(left=0)

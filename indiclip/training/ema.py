@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
 
 from indiclip.float8 import forget_scales
 from indiclip.lightning_internals import estimated_steps
@@ -31,7 +32,8 @@ class EMA(Callback):
     After an optimizer step, average = decay * average + (1 - decay) * weight, in float32, of each rank's own shard. The
     running statistics of batch norm are averaged likewise. The decay
     grows with the number of updates t, min(decay, (1 + t) / (10 + t)), so that a short run's average is not of its
-    beginning (TensorFlow's `tf.train.ExponentialMovingAverage`, `num_updates`).
+    beginning (TensorFlow's `tf.train.ExponentialMovingAverage`, `num_updates`); t counts for each weight from its own
+    first step, as a head that begins late would else keep much of its random start.
 
     Validation, test, predict and the benchmark see the averages. A checkpoint has the trained weights in
     `state_dict`, so that a resumed run is the uninterrupted one, and the averages apart; `indiclip.load` reads these,
@@ -51,6 +53,8 @@ class EMA(Callback):
         self.decay, self.every_n_steps, self.start_step = decay, every_n_steps, start_step
         self.num_updates = 0
         self._averages: dict[str, Tensor] = {}
+        self._missed: dict[str, int] = {}  # weight -> updates before its first step, of those that begin late
+        self._untouched: set[str] = set()  # which no step has trained since the averages began
         self._trained: dict[str, Tensor] | None = None  # while the averages are in the model
         self._loaded: dict[str, Tensor] = {}
         self._step = -1
@@ -85,6 +89,12 @@ class EMA(Callback):
         if step >= self.start_step and step % self.every_n_steps == 0:
             self.update(pl_module)
 
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Optimizer) -> None:
+        if not self._averages:
+            self._untouched = pl_module.idle_names()
+        elif self._untouched:
+            self._untouched &= pl_module.idle_names()
+
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
         """Move the averages towards the module's weights; the first time they begin there."""
@@ -92,8 +102,12 @@ class EMA(Callback):
         if not self._averages:
             self._averages = {name: weight.clone() for name, weight in weights.items()}
             return
-        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        update_averages(list(self._averages.values()), [weights[name] for name in self._averages], decay)
+        self._missed |= dict.fromkeys(self._untouched, self.num_updates + 1)
+        counted = {name: self.num_updates - self._missed.get(name, 0) for name in self._averages}
+        for number in set(counted.values()):  # -1 of what is untouched, which is copied
+            names = [name for name, own in counted.items() if own == number]
+            decay = min(self.decay, (1 + number) / (10 + number))
+            update_averages([self._averages[name] for name in names], [weights[name] for name in names], decay)
         self.num_updates += 1
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -137,12 +151,15 @@ class EMA(Callback):
                 weights[name] = _as_saved(trained, weights[name])
         if self._averages:
             averages = {name: _as_saved(average, weights[name]) for name, average in self._averages.items()}
-            checkpoint[AVERAGES] = {"num_updates": self.num_updates, "state_dict": averages}
+            late = {"missed": self._missed, "untouched": sorted(self._untouched)}
+            checkpoint[AVERAGES] = {"num_updates": self.num_updates, "state_dict": averages, **late}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if AVERAGES in checkpoint:
             self._loaded = checkpoint[AVERAGES]["state_dict"]
             self.num_updates = checkpoint[AVERAGES]["num_updates"]
+            self._missed = {**checkpoint[AVERAGES].get("missed", {})}
+            self._untouched = {*checkpoint[AVERAGES].get("untouched", [])}
 
     def _take_loaded(self, module: nn.Module) -> None:
         """The averages of a checkpoint, of those weights that are averaged now."""
