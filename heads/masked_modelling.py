@@ -30,6 +30,7 @@ from indiclip.head import (
     all_captioned,
     plain,
 )
+from indiclip.masked_images import patches_per_side
 from indiclip.masked_metric import MaskedMetric
 from indiclip.masked_towers import Masked, MaskedImageTower, MaskedTextTower
 from indiclip.mismatched_pairs import Matching
@@ -133,11 +134,6 @@ class MaskedModelling(Head):
 
     def bind(self, encoder: "Encoder") -> None:
         backbone, text = encoder.backbone, encoder.text
-        if backbone.stride != backbone.patch_size and self.reads_images:
-            raise ValueError(
-                f"heads.{self.name}: the backbone's tokens are {backbone.stride} pixels apart and its patches have "
-                f"{backbone.patch_size}; expected as many, so that each token is of one patch"
-            )
         answers = self.options.size if self.targets == "codebook" else backbone.width
         of_image = {"mim": backbone.width, "mmm_image": self.width}
         of_text = {"mlm": text.width, "mmm_text": self.width}
@@ -146,6 +142,7 @@ class MaskedModelling(Head):
         self.predictors = nn.ModuleDict({name: PredictionHead(*sizes[name]) for name in self.losses if name in sizes})
         self.images = self.texts = self.multimodal = self.matching = None
         if self.reads_images:
+            self.per_side = patches_per_side(backbone, f"heads.{self.name}")
             self.images = MaskedImageTower(backbone, self.image_ratio, self._image_targets(encoder))
         if self.reads_text:
             self.texts = MaskedTextTower(text, self.text_ratio)
@@ -161,7 +158,8 @@ class MaskedModelling(Head):
         if self.targets == "teacher":
             return Teacher(encoder, has_pool=False)
         backbone, key = encoder.backbone, f"heads.{self.name}.codebook"
-        return PatchCodebook(self.options, backbone.mean_P, backbone.std_P, key)
+        mean_P, std_P = (of.repeat(self.per_side**2) for of in (backbone.mean_P, backbone.std_P))
+        return PatchCodebook(self.options, mean_P, std_P, key)
 
     @property
     def codebook(self) -> PatchCodebook | None:
@@ -325,7 +323,8 @@ class MaskedModelling(Head):
         side = round((patches.shape[1] / 3) ** 0.5)
         hidden_HW3, guessed_HW3 = image_HW3.copy(), image_HW3.copy()
         for place, patch_P in zip(prediction["hidden"], patches, strict=True):
-            row, column = divmod(place, image_HW3.shape[1] // side)
+            row, column = divmod(place, -(-image_HW3.shape[1] // side))
             cell = np.s_[row * side : (row + 1) * side, column * side : (column + 1) * side]
-            hidden_HW3[cell], guessed_HW3[cell] = 127, patch_P.reshape(side, side, 3)
+            height, width, _ = hidden_HW3[cell].shape  # less than the side at an edge
+            hidden_HW3[cell], guessed_HW3[cell] = 127, patch_P.reshape(side, side, 3)[:height, :width]
         return [Panel(image_HW3, "image"), Panel(hidden_HW3, "hidden"), Panel(guessed_HW3, "guessed")], text

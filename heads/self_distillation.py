@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from indiclip.block_masks import MaskKind, hidden_patches, masks_of, predicted_tokens
+from indiclip.block_masks import MaskKind, masks_of
+from indiclip.chunked_cross_entropy import chunked_cross_entropy
 from indiclip.head import Head, ListMetric, Losses, Measure, Prediction, WholeBatch
-from indiclip.masked_images import masked
-from indiclip.self_distillation_losses import Centring, Projector, Targets, dino_loss, koleo_loss, token_loss
+from indiclip.masked_images import patches_of_tokens, patches_per_side, with_hidden_tokens
+from indiclip.self_distillation_losses import Centring, Projector, Targets, dino_loss, koleo_loss
 from indiclip.teacher import Teacher
-from indiclip.types import Batch, Features, Images, in_float32, moved, random_seeds
+from indiclip.types import Batch, Features, Images, in_float32, random_seeds
 
 if TYPE_CHECKING:
     from indiclip.datasets.base import SampleDataset
@@ -68,7 +69,7 @@ class SelfDistillation(Head):
         final_momentum: That of the run's last step, to which it rises by half a cosine; None is always `momentum`.
         head_only: The teacher has no backbone of its own: it is the student's, in evaluation mode and without a
             gradient, and averages are of the layers alone (TIPSv2). No copy, and no step of the backbone is lost.
-        mask_kind: `block` or `random`, see `indiclip.block_masks`.
+        mask_kind: `block`, `large_block` or `random`, see `indiclip.block_masks.masks_of`.
         mask_share: Of the global crops that have hidden patches.
         mask_ratio: Least and largest share of such a crop's patches that are hidden.
         visible_weight: Of the same loss on patches that are not hidden, a mean over a crop's as that over the hidden
@@ -140,12 +141,7 @@ class SelfDistillation(Head):
         widths = {"image": backbone.pooled_width} if self.dino_weight else {}
         if self.ibot_weight:
             widths["patch"] = backbone.width
-            self.per_side, apart = divmod(backbone.stride, backbone.patch_size)
-            if apart or not self.per_side:
-                raise ValueError(
-                    f"heads.{self.name}.ibot_weight: the backbone's tokens are {backbone.stride} pixels apart, and its "
-                    f"images come in patches of {backbone.patch_size}; expected a multiple, or ibot_weight 0"
-                )
+            patches_per_side(backbone, f"heads.{self.name}.ibot_weight", ", or ibot_weight 0")
             self.mask_P = nn.Parameter(torch.zeros(3 * backbone.patch_size**2))
         self.student = nn.ModuleDict({name: self.projector(width) for name, width in widths.items()})
         self.targets = nn.ModuleDict({name: self.make_targets(centring=self.centring) for name in widths})
@@ -181,7 +177,9 @@ class SelfDistillation(Head):
         crops: list[Tensor] = []  # the student goes first: autocast would remember its weights without gradients
         rows_R = weights_R = torch.zeros(0, dtype=torch.long)
         if self.ibot_weight or self.koleo_weight or several:
-            hidden, rows_R, weights_R = self._hide(seen, batch, encoder)
+            hidden = seen
+            if self.ibot_weight:
+                hidden, rows_R, weights_R = self._hide(seen, batch, encoder)
             of_seen = encoder.features(hidden)
             if self.ibot_weight:
                 rows["student_tokens_RC"] = self.student["patch"](_rows_of(of_seen, rows_R))
@@ -217,8 +215,8 @@ class SelfDistillation(Head):
                 terms["dino"] = self.dino_weight * loss
             if self.ibot_weight:
                 said = self._said_by_teacher("patch", rows.teacher_tokens_RC)
-                units = _projector(self.student, "patch").units(rows.student_tokens_RC)
-                loss = token_loss(said, *units, rows.weights_R.detach(), self.temperature)
+                unit_RC, unit_KC = _projector(self.student, "patch").units(rows.student_tokens_RC)
+                loss, _ = chunked_cross_entropy(unit_RC / self.temperature, unit_KC, said, rows.weights_R.detach())
                 terms["ibot"] = self.ibot_weight * loss / len(rows.student_BSC)
             if self.koleo_weight:
                 crops = rows.pooled_seen_BGD.unbind(1)
@@ -232,22 +230,11 @@ class SelfDistillation(Head):
 
     def _hide(self, images: Images, batch: Batch, encoder: "Encoder") -> tuple[Images, Tensor, Tensor]:
         """The teacher's crops as the student sees them, and what it is to predict: places of tokens, their weights."""
-        backbone, device = encoder.backbone, images["patches_BNP"].device
-        if not self.ibot_weight:
-            none_R = torch.zeros(0, dtype=torch.long, device=device)
-            return images, none_R, none_R
-        grids = [(h // backbone.patch_size, w // backbone.patch_size) for h, w in images["sizes_hw"]]
-        tokens = [(-(-h // self.per_side), -(-w // self.per_side)) for h, w in grids]
-        masks = self.masks(random_seeds(batch), tokens)
-        patches_BN = hidden_patches(masks, grids, self.per_side, images["patches_BNP"].shape[1])
-        hidden = masked(images, moved(patches_BN, device), self.mask_P, backbone)
-        columns, longest = None, patches_BN.shape[1]
-        if backbone.canvas_hw is not None:
-            rows, columns = (side // backbone.stride for side in backbone.canvas_hw)
-            longest = rows * columns
-        places_R, weights_R = predicted_tokens(masks, longest, columns, self.visible_weight)
+        patches, weight = patches_of_tokens(images, encoder.backbone), self.visible_weight
+        masks = self.masks(random_seeds(batch), [of.shape[:2] for of in patches])
+        hidden, rows_R, weights_R = with_hidden_tokens(images, masks, patches, self.mask_P, encoder.backbone, weight)
         per_image = len(masks) // len(batch["keys"])
-        return hidden, moved(places_R, device), moved(weights_R, device) / per_image
+        return hidden, rows_R, weights_R / per_image
 
     def predict(self, features: Features, batch: Batch, encoder: "Encoder") -> list[Prediction]:
         """The prototypes that are nearest to the image: `prototype`, the student's, and `teacher_prototype`.

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-MaskKind = Literal["block", "random"]
+MaskKind = Literal["block", "large_block", "random"]
 Grid = tuple[int, int]
 
 _MIN_BLOCK = 4  # tokens of a rectangle: DINOv2's (arXiv:2304.07193), whatever the grid
@@ -28,7 +28,9 @@ def masks_of(
         grids: H and W of the crops, as many of each image, image by image.
         share: Of an image's crops that get a mask; by chance one more or less, where that is no whole number.
         ratio: Least and largest share of a crop's tokens that are hidden. At least one is, and one is not.
-        kind: `block`, see `block_mask`; `random`: each token for itself.
+        kind: `block`, see `block_mask`; `large_block`, with rectangles of 16 tokens at least on a grid of 14 x 14 as
+            BEiT's, and as iBOT's (arXiv:2111.07832) fewer on smaller ones; `random`, or in a single row: each token
+            for itself.
 
     Returns:
         bool (H, W) of each crop.
@@ -42,8 +44,11 @@ def masks_of(
             grid_hw = grids[image * per_image + crop]
             most = math.prod(grid_hw) - 1
             number = min(max(round(rng.uniform(*ratio) * (most + 1)), 1), most) if crop in chosen else 0
-            draw = block_mask if kind == "block" else random_mask
-            masks.append(draw(rng, grid_hw, number))
+            if kind == "random" or grid_hw[0] == 1:
+                masks.append(random_mask(rng, grid_hw, number))
+            else:
+                least = _MIN_BLOCK if kind == "block" else max(min(grid_hw) // 3, 1) ** 2
+                masks.append(block_mask(rng, grid_hw, number, least))
     return masks
 
 
@@ -85,22 +90,6 @@ def _with_random(rng: np.random.Generator, mask_HW: np.ndarray, number: int) -> 
     rng.shuffle(visible)
     mask_HW.flat[visible[: number - int(mask_HW.sum())]] = True
     return mask_HW
-
-
-def hidden_patches(masks: Sequence[np.ndarray], grids: Sequence[Grid], per_side: int, longest: int) -> np.ndarray:
-    """bool (B, N): the patches that lie in hidden tokens.
-
-    Args:
-        masks: Of each image's tokens.
-        grids: Rows and columns of its patches, which come row by row.
-        per_side: Patches along the side of a token.
-        longest: N.
-    """
-    hidden_BN = np.zeros((len(masks), longest), bool)
-    for hidden_N, mask_HW, (rows, columns) in zip(hidden_BN, masks, grids, strict=True):
-        of_patches = mask_HW.repeat(per_side, 0).repeat(per_side, 1)[:rows, :columns]
-        hidden_N[: rows * columns] = of_patches.reshape(-1)
-    return hidden_BN
 
 
 def predicted_tokens(

@@ -7,7 +7,7 @@ its own `linear_cross_entropy` with `options` does the same, as one operator who
 Shape letters: T tokens, D width, V vocabulary, R rows of a chunk.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -49,7 +49,7 @@ def rows_of_chunk(columns: int, device_type: str, elements: int | None = None) -
 def chunked_cross_entropy(
     hidden_TD: Tensor,
     table_VD: Tensor,
-    targets_T: Tensor,
+    targets: Tensor | Callable[[slice], Tensor],
     weights_T: Tensor,
     bias_V: Tensor | None = None,
     elements: int | None = None,
@@ -59,7 +59,7 @@ def chunked_cross_entropy(
     Args:
         hidden_TD: What the logits are made of: `hidden_TD @ table_VD.T + bias_V`, in autocast's type where that is on.
         table_VD: A row per id.
-        targets_T: int64, the right ids.
+        targets: int64 (T,), the right ids; or what gives probabilities (R, V) of some rows, which sum to 1.
         weights_T: Of each token in the sum.
         bias_V: Of each id; None is 0.
         elements: As of `rows_of_chunk`.
@@ -80,12 +80,20 @@ def chunked_cross_entropy(
         for first in range(0, len(hidden_TD), step):
             rows = slice(first, first + step)
             logits_RV = in_float32(F.linear(hidden_TD[rows], table_VD, bias_V))
-            target_R1, norm_R1 = targets_T[rows, None], logits_RV.logsumexp(1, keepdim=True)
-            losses.append((norm_R1 - logits_RV.gather(1, target_R1))[:, 0])
+            norm_R1 = logits_RV.logsumexp(1, keepdim=True)
+            if isinstance(targets, Tensor):
+                target_R1 = targets[rows, None]
+                losses.append((norm_R1 - logits_RV.gather(1, target_R1))[:, 0])
+            else:
+                target_RV = targets(rows)
+                losses.append(norm_R1[:, 0] - torch.linalg.vecdot(logits_RV, target_RV))
             if wanted:
-                probs_RV = logits_RV.sub_(norm_R1).exp_()
-                ones_R1 = torch.ones_like(norm_R1)
-                gradient_RV = probs_RV.scatter_add_(1, target_R1, -ones_R1).mul_(weights_T[rows, None])
+                gradient_RV = logits_RV.sub_(norm_R1).exp_()
+                if isinstance(targets, Tensor):
+                    gradient_RV.scatter_add_(1, target_R1, -torch.ones_like(norm_R1))
+                else:
+                    gradient_RV.sub_(target_RV)
+                gradient_RV.mul_(weights_T[rows, None])
                 with torch.autocast(device, enabled=lower):
                     gradients[0][rows] = (gradient_RV @ table_VD).to(hidden_TD.dtype)
                     gradients[1] += gradient_RV.T @ hidden_TD[rows]

@@ -19,11 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from indiclip.autograd import with_gradients
+from indiclip.chunked_cross_entropy import rows_of_chunk
 from indiclip.distributed import rank_and_world
-from indiclip.logit_chunks import all_gather, reduce_scatter
+from indiclip.logit_chunks import ScaledPrefixes, all_gather, reduce_scatter
 from indiclip.losses import PairLoss
-
-_MAX_ELEMENTS = 2**22  # of a chunk of logits: 16 MiB in float32, of which four are there at a time
 
 
 class DistillationLoss(PairLoss):
@@ -91,34 +90,29 @@ class DistillationLoss(PairLoss):
         """
         rank, world = rank_and_world()
         num_pairs = len(student[0]) // world
-        lengths = self._weighted_lengths(student[0].shape[1])
-        prefixes = [[F.normalize(x_GE[:, :length], dim=1) for x_GE in student] for length, _ in lengths]
+        lengths, weights = zip(*self._weighted_lengths(student[0].shape[1]), strict=True)
+        image = ScaledPrefixes(student[0], lengths, scale.dtype, True, scale)
+        text = ScaledPrefixes(student[1], lengths, scale.dtype, True)
+        for gradient in (*image.gradients, *text.gradients):
+            gradient.zero_()
         teacher = [F.normalize(x_GTE, dim=2) for x_GTE in teacher]
-        of_prefixes = [[torch.zeros_like(x_GE) for x_GE in pair] for pair in prefixes]
-        loss, of_scale = scale.new_zeros(()), torch.zeros_like(scale)
-        step = max(1, _MAX_ELEMENTS // len(student[0]))
+        loss = scale.new_zeros(())
+        step = rows_of_chunk(len(student[0]), scale.device.type)
         for first in range(0, num_pairs, step):
             rows = slice(rank * num_pairs + first, rank * num_pairs + min(first + step, num_pairs))
-            for side in (0, 1):  # images among texts, texts among images
-                target_RG, entropy = _target(teacher[side][rows], teacher[1 - side], scale_T)
+            for own, other, (x_GTE, y_GTE) in ((image, text, teacher), (text, image, teacher[::-1])):
+                target_RG, entropy = _target(x_GTE[rows], y_GTE, scale_T)
                 loss -= entropy
-                for pair, of_pair, (_, weight) in zip(prefixes, of_prefixes, lengths, strict=True):
-                    x_RE, y_GE = pair[side][rows], pair[1 - side]
-                    logits_RG = torch.mm(x_RE * scale, y_GE.T)
-                    log_probs_RG = logits_RG.log_softmax(1)
+                for index, weight in enumerate(weights):
+                    x_RE, y_GE = own.scaled[index][rows], other.scaled[index]
+                    log_probs_RG = torch.mm(x_RE, y_GE.T).log_softmax(1)
                     loss -= weight * (target_RG * log_probs_RG).sum()
-                    gradient_RG = log_probs_RG.exp_().sub_(target_RG).mul_(weight)
-                    of_pair[side][rows].addmm_(gradient_RG, y_GE)
-                    of_pair[1 - side].addmm_(gradient_RG.T, x_RE)
-                    of_scale += gradient_RG.mul_(logits_RG).sum()
+                    gradient_RG = log_probs_RG.exp_().sub_(target_RG)
+                    own.gradients[index][rows].addmm_(gradient_RG, y_GE)
+                    other.gradients[index].addmm_(gradient_RG.T, x_RE)
         share = 0.5 / num_pairs  # of a row in the mean
-        pulled = [
-            _through_normalising(
-                student[side], [(p[side], g[side]) for p, g in zip(prefixes, of_prefixes, strict=True)]
-            )
-            for side in (0, 1)
-        ]
-        return loss * share, [*(x_GE * (scale * share) for x_GE in pulled), of_scale * (share / scale)]
+        shares = [weight * share for weight in weights]
+        return loss * share, [image.pull_back(shares), text.pull_back(shares), image.of_norm(shares)]
 
 
 def _of_all_ranks(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -134,14 +128,3 @@ def _target(x_RTE: Tensor, y_GTE: Tensor, scale_T: Tensor) -> tuple[Tensor, Tens
         target_RG += probs_RG
         entropy += torch.special.entr(probs_RG).sum()
     return target_RG / len(scale_T), entropy / len(scale_T)
-
-
-def _through_normalising(x_GE: Tensor, prefixes: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """The gradient of embeddings from those of their unit-length prefixes, given as (prefix, its gradient)."""
-    whole_GE = torch.zeros_like(x_GE)
-    for unit_GL, gradient_GL in prefixes:
-        length = unit_GL.shape[1]
-        norm_G1 = torch.linalg.vector_norm(x_GE[:, :length], dim=1, keepdim=True).clamp(min=1e-12)
-        along_G1 = (gradient_GL * unit_GL).sum(1, keepdim=True)
-        whole_GE[:, :length] += (gradient_GL - along_G1 * unit_GL) / norm_G1
-    return whole_GE

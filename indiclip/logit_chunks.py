@@ -43,11 +43,11 @@ class Mixture(NamedTuple):
     share_B: Tensor
 
 
-class _ScaledPrefixes:
+class ScaledPrefixes:
     """Prefixes of embeddings (N, E), scaled to norm 1 or that given (the factor on cosines), and their gradients."""
 
     def __init__(
-        self, x_NE: Tensor, lengths: list[int], dtype: torch.dtype, wanted: bool, norm: Tensor | None = None
+        self, x_NE: Tensor, lengths: Sequence[int], dtype: torch.dtype, wanted: bool, norm: Tensor | None = None
     ) -> None:
         self.shape, self.norm = x_NE.shape, norm
         x_NE = x_NE.to(dtype)
@@ -74,6 +74,13 @@ class _ScaledPrefixes:
             whole_NE[:, : part.shape[1]].add_(part)
         return whole_NE
 
+    def of_norm(self, weights: list[float]) -> Tensor:
+        """The gradient of the norm that was given, after `pull_back`."""
+        assert self.norm is not None
+        lengths = zip(self.along, weights, strict=True)
+        gradient: Tensor = sum(along_N1.sum() * weight for along_N1, weight in lengths) / self.norm
+        return gradient
+
 
 class Chunk:
     """The logits of some images of this rank and some texts of every rank.
@@ -83,7 +90,7 @@ class Chunk:
         text_part: the texts, among (W, B).
     """
 
-    def __init__(self, whole: "LogitChunks", rows: slice, columns: slice, text: _ScaledPrefixes) -> None:
+    def __init__(self, whole: "LogitChunks", rows: slice, columns: slice, text: ScaledPrefixes) -> None:
         self.image_part: Where = (rows,)
         self.text_part: Where = (slice(None), columns)
         self._whole, self._text, self._text_gradients = whole, text.scaled, text.gradients
@@ -165,7 +172,7 @@ class LogitChunks:
         self.num_pairs = len(image_BE)
         self.lengths, self.weights = [length for length, _ in lengths], [weight for _, weight in lengths]
         self.shares = [weight / self.num_pairs for weight in self.weights]  # of each length and pair in the mean
-        self.image = _ScaledPrefixes(image_BE, self.lengths, self.scale.dtype, self.wanted, self.scale)
+        self.image = ScaledPrefixes(image_BE, self.lengths, self.scale.dtype, self.wanted, self.scale)
         self.bias_gradient = torch.zeros_like(self.scale)
         text_keys_KWB = self._numbers(keys_KB)
         self.text_keys, self.image_keys = text_keys_KWB.unbind(), text_keys_KWB[:, self.rank].unbind()
@@ -212,7 +219,7 @@ class LogitChunks:
         sent: list[Tensor] = []
         arriving = _gather(self.text_BE[self.columns[0]])
         for columns, upcoming in zip(self.columns, [*self.columns[1:], None], strict=True):
-            text = _ScaledPrefixes(_arrived(arriving), self.lengths, self.scale.dtype, gradients)
+            text = ScaledPrefixes(_arrived(arriving), self.lengths, self.scale.dtype, gradients)
             if upcoming is not None:
                 arriving = _gather(self.text_BE[upcoming])
             for rows in self.rows:
@@ -227,9 +234,7 @@ class LogitChunks:
         """Those of the mean over this rank's pairs, with respect to the `inputs`; after the walk with gradients."""
         image_gradient_BE = self.image.pull_back(self.shares)
         text_gradient_BE = self.text_gradients[0] if len(self.text_gradients) == 1 else torch.cat(self.text_gradients)
-        lengths = zip(self.image.along, self.shares, strict=True)
-        scale_gradient = sum(along_B1.sum() * share for along_B1, share in lengths) / self.scale
-        gradients = [image_gradient_BE, text_gradient_BE, scale_gradient]
+        gradients = [image_gradient_BE, text_gradient_BE, self.image.of_norm(self.shares)]
         return gradients if self.bias is None else [*gradients, self.bias_gradient]
 
 

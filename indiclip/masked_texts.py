@@ -6,7 +6,7 @@ tower looks up its embedding, it gets the learned vector instead. Positions and 
 Shape letters: see `indiclip.types`; K hidden tokens of all texts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -33,6 +33,25 @@ class MaskedTexts(NamedTuple):
     lengths: list[int]
     places_K: Tensor
     tokens_K: Tensor
+
+
+def hidden_tokens(
+    rows: Sequence[Sequence[int]], ratio: float, seeds: Sequence[int], never: Collection[int]
+) -> list[np.ndarray]:
+    """The places of the hidden tokens of each text, ascending: a share of them, but at least one.
+
+    Args:
+        rows: Token ids of each text.
+        ratio: The share.
+        seeds: Of each text.
+        never: Ids that stay, such as those of the start and the end.
+    """
+    found = []
+    for row, seed in zip(rows, seeds, strict=True):
+        places = np.array([place for place, token in enumerate(row) if token not in never], np.int64)
+        number = max(round(ratio * len(places)), 1)
+        found.append(np.sort(np.random.default_rng([seed, 2]).permutation(places)[:number]))
+    return found
 
 
 def hide(tower: TextTower, rows: Sequence[list[int]], places: Sequence[np.ndarray]) -> MaskedTexts:

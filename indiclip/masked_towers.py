@@ -1,10 +1,10 @@
-"""Towers on inputs with hidden patches or tokens, and what was hidden: the targets of masked modelling.
+"""Towers on inputs with hidden tokens, and what was hidden: the targets of masked modelling.
 
-Shape letters: see `indiclip.types`; K hidden patches or tokens of all samples; those of the codebook: see
-`indiclip.patch_codebook`.
+Shape letters: see `indiclip.types` and `indiclip.patch_codebook`; K hidden tokens of all samples, k patches along the
+side of an image's token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from indiclip.backbone import Backbone
-from indiclip.masked_images import masked
-from indiclip.masked_positions import hidden_patches, hidden_tokens
-from indiclip.masked_texts import embedding_of, hidden_behind, hide
+from indiclip.block_masks import masks_of
+from indiclip.masked_images import patches_of_tokens, with_hidden_tokens
+from indiclip.masked_texts import embedding_of, hidden_behind, hidden_tokens, hide
 from indiclip.multimodal_encoder import Tokens
 from indiclip.patch_codebook import CANDIDATES, PatchCodebook
 from indiclip.teacher import Teacher
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 
 class Masked(NamedTuple):
-    """What a tower makes of inputs with hidden patches or tokens.
+    """What a tower makes of inputs with hidden tokens.
 
     Attributes:
         tokens: With padding.
         places_K: Which of the B * N tokens were hidden.
         targets: What was there: numbers (K,), or vectors (K, D).
-        hidden: The number of each hidden patch or token, of each sample.
-        statistics: Of the patches, for the codebook: `sums_RCQ` and `candidates_BJP`.
+        hidden: The number of each hidden token, of each sample.
+        statistics: Of the images, for the codebook: `sums_RCQ` and `candidates_BJP`.
     """
 
     tokens: Tokens
@@ -50,11 +50,11 @@ class Masked(NamedTuple):
 
 
 class MaskedImageTower(nn.Module):
-    """Hides patches behind a learned one.
+    """Hides the patches of some tokens behind a learned one.
 
     Args:
         backbone: Which reads the images; not kept.
-        ratio: Share of an image's patches that are hidden.
+        ratio: Share of an image's tokens that are hidden.
         targets: A codebook, whose numbers of the hidden patches are the targets; or a teacher, for the vectors that it
             makes of them in the whole image, each with zero mean and unit variance (as Baevski et al., "data2vec", ICML
             2022, arXiv:2202.03555, of the last block alone); or None.
@@ -69,25 +69,25 @@ class MaskedImageTower(nn.Module):
 
     def forward(self, images: Images, seeds: Sequence[int], encoder: "Encoder") -> Masked:
         """Of images of any size, with a random seed for each."""
-        backbone, device = encoder.backbone, images["patches_BNP"].device
-        hidden_BN = hidden_patches(images, backbone.patch_size, self.ratio, seeds)
-        features: Features = backbone(masked(images, moved(hidden_BN, device), self.hidden_patch_P, backbone))
-        places_K = moved(_token_places(hidden_BN, images, backbone), device)
+        backbone = encoder.backbone
+        patches = patches_of_tokens(images, backbone)
+        masks = masks_of(seeds, [of.shape[:2] for of in patches], 1.0, (self.ratio, self.ratio), "large_block")
+        seen, places_K, _ = with_hidden_tokens(images, masks, patches, self.hidden_patch_P, backbone)
+        features: Features = backbone(seen)
+        hidden = [np.flatnonzero(mask_HW) for mask_HW in masks]
         targets, statistics = places_K, {}  # numbers that nobody reads, where there are no targets
         if self.teacher is not None:
             tokens_BND = self.teacher.features(images, encoder).tokens_BND
             tokens_KD = tokens_BND.flatten(0, 1).index_select(0, places_K)
             targets = F.layer_norm(in_float32(tokens_KD), tokens_KD.shape[-1:])
         if self.codebook is not None:
-            patches_MP = images["patches_BNP"].flatten(0, 1)
             hidden_KP, drawn_KP = (
-                self.codebook.normalise(patches_MP.index_select(0, moved(of, device)))
-                for of in (np.flatnonzero(hidden_BN), _candidates(hidden_BN, seeds))
+                self.codebook.normalise(_pixels(images, patches, of))
+                for of in (hidden, map(_candidates, hidden, seeds))
             )
             targets = self.codebook(hidden_KP)
             statistics["sums_RCQ"] = self.codebook.sums(hidden_KP, targets)[None]
             statistics["candidates_BJP"] = drawn_KP.reshape(-1, CANDIDATES, drawn_KP.shape[1])
-        hidden = [np.flatnonzero(hidden_N) for hidden_N in hidden_BN]
         return Masked(tokens_of(features), places_K, targets, hidden, statistics)
 
 
@@ -129,22 +129,16 @@ def tokens_of(features: Features) -> Tokens:
     return Tokens(tokens_BND, valid_BN)
 
 
-def _token_places(hidden_BN: np.ndarray, images: Images, backbone: Backbone) -> np.ndarray:
-    """Which of the backbone's tokens, in all B * N places, are of hidden patches."""
-    image_K, patch_K = np.nonzero(hidden_BN)
-    if backbone.canvas_hw is None:  # a token for each patch
-        return np.flatnonzero(hidden_BN)
-    rows, columns = (side // backbone.patch_size for side in backbone.canvas_hw)
-    columns_B = np.array([width // backbone.patch_size for _, width in images["sizes_hw"]])
-    row_K, column_K = np.divmod(patch_K, columns_B[image_K])
-    return np.asarray(image_K * rows * columns + row_K * columns + column_K)
+def _candidates(hidden: np.ndarray, seed: int) -> np.ndarray:
+    """`CANDIDATES` of an image's hidden tokens; where none is, its first."""
+    places = hidden if len(hidden) else np.zeros(1, np.int64)
+    return np.resize(np.random.default_rng([seed, 3]).permutation(places), CANDIDATES)
 
 
-def _candidates(hidden_BN: np.ndarray, seeds: Sequence[int]) -> np.ndarray:
-    """`CANDIDATES` of the hidden patches of each image, in all B * N places, one image after the other."""
-    found = []
-    for image, (hidden_N, seed) in enumerate(zip(hidden_BN, seeds, strict=True)):
-        places = np.flatnonzero(hidden_N) if hidden_N.any() else np.zeros(1, np.int64)
-        drawn = np.resize(np.random.default_rng([seed, 3]).permutation(places), CANDIDATES)
-        found.append(image * hidden_BN.shape[1] + drawn)
-    return np.concatenate(found)
+def _pixels(images: Images, patches: Sequence[np.ndarray], tokens: Iterable[np.ndarray]) -> Tensor:
+    """The pixels (K, P) of these tokens of each image, each as one patch; `patches` as of `patches_of_tokens`."""
+    chosen = [of.reshape(-1, *of.shape[2:])[places] for of, places in zip(patches, tokens, strict=True)]
+    places_Kkk, patches_BNP = np.concatenate(chosen), images["patches_BNP"]
+    side = round((patches_BNP.shape[2] / 3) ** 0.5)
+    found = patches_BNP.flatten(0, 1).index_select(0, moved(places_Kkk.ravel(), patches_BNP.device))
+    return found.reshape(*places_Kkk.shape, side, 3 * side).transpose(2, 3).flatten(1)

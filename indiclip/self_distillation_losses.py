@@ -19,8 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from indiclip.autograd import with_gradients
-from indiclip.chunked_cross_entropy import rows_of_chunk
 from indiclip.distributed import rank_and_world, rows_of_all_ranks, sum_over_ranks
 from indiclip.logit_chunks import all_reduce
 
@@ -158,43 +156,6 @@ def dino_loss(targets_BGK: Tensor, logits_BSK: Tensor, temperature: float, same_
     pairs = G * (S - same_crops)
     itself = entropy_BGS.diagonal(dim1=1, dim2=2).sum() if same_crops else 0
     return (entropy_BGS.sum() - itself) / (B * pairs)
-
-
-def token_loss(
-    targets: Callable[[slice], Tensor],
-    unit_RC: Tensor,
-    unit_KC: Tensor,
-    weights_R: Tensor,
-    temperature: float,
-    elements: int | None = None,
-) -> Tensor:
-    """The weighted sum of the cross entropies of tokens, of which there are many: a few rows of logits at a time.
-
-    The gradients are made along with the loss, as in `indiclip.chunked_cross_entropy`.
-
-    Args:
-        targets: The teacher's, of some rows; see `Targets.of`.
-        unit_RC: The student's points; their products with the prototypes are its logits.
-        unit_KC: The prototypes.
-        weights_R: Of each token.
-        temperature: The student's.
-        elements: As of `rows_of_chunk`.
-    """
-    step = rows_of_chunk(len(unit_KC), unit_RC.device.type, elements)
-    with torch.no_grad():
-        total = unit_RC.new_zeros(())
-        of_points_RC, of_prototypes_KC = torch.zeros_like(unit_RC), torch.zeros_like(unit_KC)
-        for first in range(0, len(unit_RC), step):
-            rows = slice(first, first + step)
-            log_probs_RK = (unit_RC[rows] @ unit_KC.T / temperature).log_softmax(-1)
-            target_RK, weight_R1 = targets(rows), weights_R[rows, None]
-            total -= (target_RK * log_probs_RK * weight_R1).sum()
-            gradient_RK = log_probs_RK.exp_().sub_(target_RK).mul_(weight_R1 / temperature)
-            of_points_RC[rows] = gradient_RK @ unit_KC
-            of_prototypes_KC += gradient_RK.T @ unit_RC[rows]
-    if not torch.is_grad_enabled():
-        return total
-    return with_gradients(total, [of_points_RC, of_prototypes_KC], [unit_RC, unit_KC])
 
 
 def koleo_loss(x_BD: Tensor, eps: float = 1e-8) -> Tensor:

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from indiclip.block_masks import block_mask, hidden_patches, masks_of, predicted_tokens
+from indiclip.block_masks import block_mask, masks_of, predicted_tokens
 
 
 @pytest.mark.parametrize("grid_hw", [(1, 1), (1, 7), (2, 3), (8, 8), (5, 16)])
-@pytest.mark.parametrize("kind", ["block", "random"])
+@pytest.mark.parametrize("kind", ["block", "large_block", "random"])
 def test_a_share_of_each_crop_is_hidden_whatever_its_grid(grid_hw, kind):
     size = grid_hw[0] * grid_hw[1]
     for mask_HW in masks_of(range(50), [grid_hw] * 50, 1.0, (0.1, 0.5), kind):
@@ -24,6 +24,19 @@ def test_block_masks_are_rectangles_and_have_their_number():
     assert len({mask.tobytes() for mask in masks}) == 40
 
 
+def test_a_large_block_has_16_tokens_on_a_grid_of_14_by_14():
+    """BEiT's least: where fewer are to be hidden, no block fits, and where as many are, some block does."""
+
+    def alike(number, kind="large_block"):  # share of the tokens that are hidden as the one above them is
+        hidden = np.stack(masks_of(range(20), [(14, 14)] * 20, 1.0, (number / 14**2,) * 2, kind))
+        assert set(hidden.sum((1, 2))) == {number}
+        return (hidden[:, 1:] & hidden[:, :-1]).sum() / hidden.sum()
+
+    assert alike(15) < 0.15  # of single ones 15 / 196
+    assert alike(20) > 0.5
+    assert alike(15, "block") > 0.3
+
+
 @pytest.mark.parametrize(("share", "expected"), [(0.5, {1}), (1.0, {2}), (0.0, {0}), (0.75, {1, 2})])
 def test_a_share_of_the_crops_of_each_image_has_masks(share, expected):
     masks = masks_of(range(30), [(4, 4)] * 60, share, (0.5, 0.5), "random")
@@ -37,11 +50,8 @@ def test_masks_are_of_the_image_wherever_it_lies():
     assert all(np.array_equal(*pair) for pair in zip(whole[4:], part, strict=True))
 
 
-def test_patches_and_tokens_are_those_of_the_mask():
+def test_predicted_tokens_are_those_of_the_mask():
     masks = [np.array([[True, False], [False, False]]), np.array([[False, True]])]
-    assert hidden_patches(masks, [(2, 2), (1, 2)], 1, 4).tolist() == [[True, *[False] * 3], [False, True, False, False]]
-    # Tokens of two by two patches, of which the second row and column are not whole.
-    assert hidden_patches(masks[:1], [(3, 3)], 2, 10).tolist() == [[1, 1, 0, 1, 1, 0, 0, 0, 0, 0]]
     rows, weights = predicted_tokens(masks, 4, None)
     assert (rows.tolist(), weights.tolist()) == ([0, 5], [1, 1])
     rows, weights = predicted_tokens(masks, 4, None, visible_weight=0.5)

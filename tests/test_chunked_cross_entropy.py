@@ -33,6 +33,20 @@ def test_loss_and_gradients_are_those_of_whole_logits(elements, has_bias):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("tokens", [0, 1, TOKENS])
+@pytest.mark.parametrize("elements", [4 * IDS + 7, None])
+def test_targets_may_be_distributions(tokens, elements):
+    """Of which each chunk asks for its own; oracle: `F.cross_entropy` of probabilities, in float64."""
+    hidden_TD, table_VD, _, weights_T = inputs()
+    hidden_TD, weights_T = hidden_TD.detach()[:tokens].requires_grad_(), weights_T[:tokens]
+    targets_TV = torch.randn(tokens, IDS, dtype=torch.float64).softmax(1)
+    expected_T = F.cross_entropy(hidden_TD @ table_VD.T, targets_TV, reduction="none")
+    expected = torch.autograd.grad((expected_T * weights_T).sum(), (hidden_TD, table_VD))
+    total, losses_T = chunked_cross_entropy(hidden_TD, table_VD, targets_TV.__getitem__, weights_T, elements=elements)
+    torch.testing.assert_close(losses_T, expected_T.detach(), check_dtype=tokens > 0)
+    torch.testing.assert_close(torch.autograd.grad(total, (hidden_TD, table_VD)), expected)
+
+
 def test_gradients_are_the_differences_of_the_loss():
     hidden_TD, table_VD, targets_T, weights_T = inputs()
 

@@ -3,11 +3,12 @@
 import copy
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from experiments import config, fit
 from fake_gpu import NoWaits, moved, on_fake_gpu, step_batch
-from helpers import batch_images, caption_batch, noise, packed, step_losses, tiny_encoder
+from helpers import ARCHITECTURE, batch_images, caption_batch, noise, packed, step_losses, tiny_encoder
 from test_sharding import fitted, largest_difference, sharded, weights
 from test_throughput import steps as flops_steps
 from test_views import STOP
@@ -17,10 +18,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import FlavaConfig, FlavaForPreTraining
 
 from heads.masked_modelling import LOSSES, MaskedModelling
+from indiclip.encoder import Encoder
 from indiclip.module import MultiTask
 from indiclip.multimodal_encoder import Tokens
 from indiclip.patch_codebook import Codebook
 from indiclip.planning.step_flops import step_flops
+from indiclip.text import TextTower
+from indiclip.timm_backbone import TimmBackbone
+from indiclip.tokenizers import ByteTokenizer
 from indiclip.types import Batch, Origin
 
 CODES = 6
@@ -209,6 +214,27 @@ def test_predictions_and_their_numbers():
     assert [panel.title for panel in panels] == ["image", "hidden", "guessed"]
     assert text.startswith("its caption belongs to it: ")
     assert head.to_json(predictions[0], None) == {"match": pytest.approx(predictions[0]["match"], rel=1e-5)}
+
+
+def test_a_token_of_four_patches_is_guessed_as_one():
+    """Of a convolutional tower; the second image ends within its lower tokens, where its last patches are repeated."""
+    torch.manual_seed(0)
+    tower = TimmBackbone("test_convnext", (32, 48), 8, feature_index=2)
+    encoder = Encoder(tower, TextTower(ByteTokenizer(), ARCHITECTURE), 32, [32], "mean")
+    pictures = [noise(32, 48, 0), noise(24, 48, 1)]
+    batch = Batch(images=batch_images(pictures, 8, 64, (32, 48)), targets={}, keys=["a", "b"])
+    head = learnt(head_on(encoder, losses={"mim": 1.0}), encoder, batch).eval()
+    of = head._read(batch, None, encoder)[0]["mim"][1]
+    assert of.counts == [2, 2]
+    pictures[1] = np.concatenate([pictures[1], pictures[1][-8:]])
+    for place, target in zip(of.places_K.tolist(), of.targets.tolist(), strict=True):
+        row, column = divmod(place % 6, 3)
+        cell = pictures[place // 6][16 * row : 16 * row + 16, 16 * column : 16 * column + 16]
+        code_P = head.codebook.normalise(torch.from_numpy(cell.flatten()))
+        torch.testing.assert_close(head.codebook.codes_CP[target], code_P)  # learned from these tokens alone
+    prediction = head.predict(encoder.features(batch["images"]), batch, encoder)[1]
+    hidden = head.visualize(noise(24, 48, 1), prediction, {})[0][1].image_HW3
+    assert (hidden == 127).all(2).sum() == sum(16 * (8 if place >= 3 else 16) for place in prediction["hidden"])
 
 
 def test_a_step_never_waits_for_the_device():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_gradients import TEXTS
 
-from indiclip.masked_texts import embedding_of, hidden_behind, hide
+from indiclip.masked_texts import embedding_of, hidden_behind, hidden_tokens, hide
 from indiclip.masked_towers import MaskedTextTower
 from indiclip.text import TextTower
 from indiclip.tokenizers import ByteTokenizer
@@ -24,6 +24,17 @@ def test_what_frames_a_text_is_never_hidden_and_all_else_is():
     tower = TextTower(Spaced(), {"model_type": "bert"} | TEXTS["bert"])
     masked = MaskedTextTower(tower, ratio=1.0)(["a kite"], [7], tower)
     assert masked.hidden[0].tolist() == [*range(1, 8)]  # two spaces among them
+
+
+def test_a_share_of_the_tokens_is_hidden_but_never_those_that_every_text_has():
+    rows = [[1, *range(10, 30), 2], [1, 10, 2], [1, 2], []]
+    places = hidden_tokens(rows, 0.15, [1, 2, 3, 4], {0, 1, 2})
+    assert [len(of) for of in places] == [3, 1, 0, 0]
+    assert places[1].tolist() == [1]
+    seen = np.concatenate([hidden_tokens(rows[:1], 0.15, [seed], {0, 1, 2})[0] for seed in range(2000)])
+    shares = np.bincount(seen, minlength=22) / 2000
+    assert shares[[0, 21]].tolist() == [0, 0]
+    assert np.abs(shares[1:21] - 3 / 20).max() < 0.04  # five standard deviations
 
 
 @pytest.mark.parametrize("family", ["bert", "xlm-roberta", "clip_text_model", "t5", "gemma", "modernbert", "m2m_100"])

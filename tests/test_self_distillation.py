@@ -27,7 +27,6 @@ from indiclip.head import computed
 from indiclip.loading.source import Source
 from indiclip.loading.steps import Steps
 from indiclip.loading.views import View
-from indiclip.masked_images import masked
 from indiclip.module import MultiTask
 from indiclip.parameter_groups import parameter_groups
 from indiclip.preprocessing import Preprocessing
@@ -114,7 +113,9 @@ def test_the_loss_is_that_of_one_image_after_the_other(preset):
     for i, mask_HW in enumerate(masks):
         image = images_of(seen, i, i + 1)
         hidden_N = torch.from_numpy(mask_HW).flatten()
-        of_student = encoder.features(masked(image, hidden_N[None], head.mask_P, encoder.backbone))
+        hidden_P = head.mask_P * encoder.backbone.std_P + encoder.backbone.mean_P
+        patches_BNP = torch.where(hidden_N[:, None], hidden_P, image["patches_BNP"])
+        of_student = encoder.features({**image, "patches_BNP": patches_BNP})
         of_teacher = backbone(image)
         pooled.append(encoder.pool_features(of_student)[0])
         teacher_pooled.append(pool(of_teacher.tokens_BND, None)[0])

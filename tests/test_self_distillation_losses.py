@@ -11,7 +11,8 @@ from processes import on_ranks
 from torch.testing import assert_close
 
 from indiclip.block_masks import predicted_tokens
-from indiclip.self_distillation_losses import Projector, Targets, dino_loss, koleo_loss, sinkhorn, token_loss
+from indiclip.chunked_cross_entropy import chunked_cross_entropy
+from indiclip.self_distillation_losses import Projector, Targets, dino_loss, koleo_loss, sinkhorn
 
 
 def random(*shape, seed=0):
@@ -116,31 +117,8 @@ def test_each_image_weighs_as_much_in_the_loss_of_tokens_as_in_lightly(visible_w
     rows, weights = torch.from_numpy(rows), torch.from_numpy(weights).double()
     teacher_RK, student_RK = waves(36, 6), waves(36, 6, seed=1).requires_grad_()
     targets = Targets(6, 0.04, "mean").double().of(teacher_RK[rows], EYE)
-    loss = token_loss(targets, student_RK[rows], EYE, weights, 0.1, elements=12) / 4  # two rows at a time
-    assert loss_and_norm(loss, student_RK) == pytest.approx(theirs, rel=1e-6)  # weights are float32
-
-
-def test_the_loss_of_tokens_by_hand():
-    targets_RK, logits_RK = torch.tensor([[1.0, 0], [0.5, 0.5]]), torch.tensor([[0.0, 0], [0.2, 0]])
-    second = 0.5 * math.log(1 + math.exp(-2)) + 0.5 * math.log(1 + math.exp(2))
-    loss = token_loss(targets_RK.__getitem__, logits_RK, torch.eye(2), torch.tensor([2.0, 0.5]), 0.1)
-    assert float(loss) == pytest.approx(2 * math.log(2) + 0.5 * second)
-
-
-@pytest.mark.parametrize("rows", [0, 1, 7])
-def test_the_loss_of_tokens_in_chunks_has_the_gradients_of_the_whole(rows):
-    targets_RK, weights_R = random(rows, 5).softmax(-1), random(rows, seed=1).abs()
-    found = []
-    for elements in (None, 10):
-        points_RC, prototypes_KC = random(rows, 3, seed=2).requires_grad_(), random(5, 3, seed=3).requires_grad_()
-        if elements:
-            loss = token_loss(targets_RK.__getitem__, points_RC, prototypes_KC, weights_R, 0.1, elements)
-        else:
-            log_RK = (points_RC @ prototypes_KC.T / 0.1).log_softmax(-1)
-            loss = -(weights_R * (targets_RK * log_RK).sum(-1)).sum()
-        (3 * loss).backward()
-        found.append((loss.detach(), points_RC.grad, prototypes_KC.grad))
-    assert_close(*found)
+    total, _ = chunked_cross_entropy(student_RK[rows] / 0.1, EYE, targets, weights, elements=12)  # two rows at a time
+    assert loss_and_norm(total / 4, student_RK) == pytest.approx(theirs, rel=1e-6)  # weights are float32
 
 
 def test_koleo_is_of_the_nearest_of_all_ranks_gradients_too(tmp_path):

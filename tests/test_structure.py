@@ -56,11 +56,10 @@ ARROWS = {
     "names.py": "",
     "steps.py": "",
     "moving_average.py": "pooling",
-    "masked_images.py": "backbone types",
-    "masked_positions.py": "types block_masks",
+    "masked_images.py": "backbone types block_masks",
     "masked_texts.py": "text",
     "masked_towers.py": (
-        "types backbone text masked_images masked_positions masked_texts teacher multimodal_encoder patch_codebook"
+        "types backbone text masked_images block_masks masked_texts teacher multimodal_encoder patch_codebook"
     ),
     "masked_metric.py": "head",
     "mismatched_pairs.py": "types distributed losses masked_towers multimodal_encoder",
@@ -104,9 +103,9 @@ ARROWS = {
     "losses.py": "logit_chunks softmax_sums autograd",
     "softmax_sums.py": "logit_chunks",
     "logit_chunks.py": "distributed",
-    "distillation_loss.py": "losses logit_chunks autograd distributed",
+    "distillation_loss.py": "losses logit_chunks chunked_cross_entropy autograd distributed",
     "online_teacher.py": "types names encoder checkpoint",
-    "self_distillation_losses.py": "distributed logit_chunks autograd chunked_cross_entropy",
+    "self_distillation_losses.py": "distributed logit_chunks",
     "block_masks.py": "",
     "teacher.py": "types moving_average",
     "fcos.py": "types ratios",

@@ -9,7 +9,6 @@ from indiclip.generated.mela import Mela
 from indiclip.loading.source import Source
 from indiclip.loading.steps import Steps
 from indiclip.loading.views import View
-from indiclip.masked_images import masked
 from indiclip.preprocessing import Preprocessing
 from indiclip.types import part_of
 
@@ -61,18 +60,6 @@ def test_sources_of_a_task_have_the_same_views(others):
     assert len(steps(source(views=[crops()]), source(views=[mirrored]))[0]["contrastive"]["keys"]) == 4
     with pytest.raises(ValueError, match=r"the sources of task 'contrastive' differ in views \(name, count or start\)"):
         steps(source(views=[crops()]), source(views=others), run_steps=4)
-
-
-def test_masked_patches_are_the_learned_one_in_the_pixels_of_the_backbone():
-    class Grey:
-        mean_P, std_P = torch.tensor([100.0, 50.0]), torch.tensor([2.0, 4.0])
-
-    images = {"patches_BNP": torch.tensor([[[1, 2], [3, 4]]], dtype=torch.uint8)}
-    learned = torch.tensor([1.0, -1.0], requires_grad=True)
-    hidden = masked(images, torch.tensor([[False, True]]), learned, Grey())["patches_BNP"]
-    assert hidden.tolist() == [[[1, 2], [102, 46]]]
-    hidden.sum().backward()
-    assert learned.grad.tolist() == [2, 4]
 
 
 HEADS = """
