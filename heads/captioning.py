@@ -7,7 +7,8 @@ arXiv:2403.19596), with which SigLIP 2 trains from its first step (arXiv:2502.14
 Shape letters: see `indiclip.types`; L predicted tokens of all images, G groups of images.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from random import Random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -52,6 +53,8 @@ if TYPE_CHECKING:
     from indiclip.datasets.base import SampleDataset
     from indiclip.encoder import Encoder
 
+_LANGUAGE = re.compile("([a-z]{2,3}(-.+)?)?")  # an English name of a language is longer
+
 
 class Captioning(Head):
     """A transformer decoder with cross attention to the image's tokens; each text counts alike, however long it is.
@@ -70,8 +73,8 @@ class Captioning(Head):
             LocCa and SigLIP 2: 0.5.
         regions: Whether to learn from boxes too, where samples have them with classes that have names.
         num_bins: Places along each side of an image that a box may begin and end at.
-        max_tokens: Longer texts are cut to this many tokens, in training as in writing; None is the tokenizer's
-            `context_length`.
+        max_tokens: Longer texts are cut to this many tokens, in training as in writing; None is the most, the
+            tokenizer's `context_length`.
         language: In which captions of images without a `language` are written; "" leaves it to the decoder.
         **common: Of every `Head`.
 
@@ -83,6 +86,7 @@ class Captioning(Head):
     metric: CaptionMetric
     required_fields = ("caption",)
     embeds_images = embeds_text = False
+    reads_tokens = True
 
     def __init__(
         self,
@@ -100,10 +104,11 @@ class Captioning(Head):
         super().__init__(**common)
         counts = {"width": width, "num_heads": num_heads, "max_tokens": max_tokens}
         given = {name: count for name, count in counts.items() if count is not None}
-        self.check_range(1, depth=depth, num_bins=num_bins, **given)
+        self.check_range(1, depth=depth, **given)
+        self.check_range(2, num_bins=num_bins)
         self.check_range(0, depth - 1, text_layers=text_layers)  # one layer at least sees the image
         self.check_range(0, 1, parallel=parallel)
-        if language != language_code(language):
+        if not _LANGUAGE.fullmatch(language) or language != language_code(language):
             raise ValueError(f"heads.{self.name}.language: found {language!r}; expected a code such as hi or hi-Latn")
         self.width, self.depth, self.num_heads, self.text_layers = width, depth, num_heads, text_layers
         self.parallel, self.regions, self.num_bins = parallel, regions, num_bins
@@ -120,6 +125,8 @@ class Captioning(Head):
                 f"heads.{self.name}.num_heads: found {num_heads}; expected a number that divides the width {width}"
             )
         tokenizer = encoder.text.tokenizer
+        if self.max_tokens is not None:
+            self.check_range(1, tokenizer.context_length, max_tokens=self.max_tokens)
         self.frame_ids, self.longest = tokenizer.frame_ids, self.max_tokens or tokenizer.context_length
         self.vocabulary = CaptionVocabulary(tokenizer.vocab_size, self.num_bins)
         self.decoder = CaptionDecoder(
@@ -141,6 +148,13 @@ class Captioning(Head):
                 raise ValueError(
                     f"heads.{self.name}.regions: needs boxes whose classes have names, but {', '.join(train)} has none"
                 )
+
+    def check_samples(self, samples: Mapping[str, Mapping[str, Any]]) -> None:
+        if self.regions and samples and not any("boxes_xyxy" in sample for sample in samples.values()):
+            raise ValueError(
+                f"heads.{self.name}.regions: needs boxes, but the first samples of {', '.join(samples)} have none; "
+                "expected false, or a source with boxes_xyxy"
+            )
 
     def loss(self, features: Features, batch: Batch, encoder: "Encoder") -> Losses:
         memory = self.decoder.read(features.tokens_BND, features.valid_BN)

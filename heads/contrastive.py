@@ -78,6 +78,8 @@ class Contrastive(Head):
         super().__init__(**common)
         if init_logit_bias is not None and loss != "sigmoid":
             raise ValueError(f"heads.{self.name}.init_logit_bias: the loss {loss} has none; expected the loss sigmoid")
+        if init_logit_bias is not None:
+            self.check_range(-100, 100, init_logit_bias=init_logit_bias)
         self.check_range(1e-3, 1e6, max_logit_scale=max_logit_scale)
         if init_logit_scale is not None:
             self.check_range(1e-3, max_logit_scale, init_logit_scale=init_logit_scale)
@@ -85,9 +87,9 @@ class Contrastive(Head):
         self._logits = {"init_logit_scale": init_logit_scale, "max_logit_scale": max_logit_scale}
         self._logits |= {} if init_logit_bias is None else {"init_logit_bias": init_logit_bias}
         self.templates = templates or ["{}"]
-        if any("{}" not in template for template in self.templates):
+        if any(template.count("{}") != 1 for template in self.templates):
             found = f"heads.{self.name}.templates: {self.templates}"
-            raise ValueError(f"{found} must each contain {{}} for the class name")
+            raise ValueError(f"{found} must each contain {{}} for the class name, once")
         self.retrieval_at = retrieval_at or [1, 5]
         self._class_text: dict[tuple[str, ...], list[Tensor]] = {}  # class names -> their embeddings, at each length
         self._languages: set[str] = set()  # of all captions that were trained on

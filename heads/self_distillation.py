@@ -112,12 +112,15 @@ class SelfDistillation(Head):
         super().__init__(**common)
         self.check_range(dino_weight=dino_weight, ibot_weight=ibot_weight, koleo_weight=koleo_weight)
         self.check_range(visible_weight=visible_weight)
-        self.check_range(1, hidden_dim=hidden_dim, bottleneck_dim=bottleneck_dim, num_prototypes=num_prototypes)
+        self.check_range(1, hidden_dim=hidden_dim, bottleneck_dim=bottleneck_dim)
+        self.check_range(2, num_prototypes=num_prototypes)  # of one, everybody says the same
         last = momentum if final_momentum is None else final_momentum
         self.check_range(0, 1, momentum=momentum, final_momentum=last, mask_share=mask_share)
         for name, temperature in {"student": student_temperature, "teacher": teacher_temperature}.items():
             if temperature <= 0:
                 raise ValueError(f"heads.{self.name}.{name}_temperature: found {temperature:g}; expected more than 0")
+        if ibot_weight and not visible_weight:  # else nothing is hidden, and nothing to be said
+            self.check_range(0, 1, 0, **{"mask_share": mask_share, "mask_ratio[1]": mask_ratio[1]})
         if not 0 <= mask_ratio[0] <= mask_ratio[1] <= 1:
             raise ValueError(
                 f"heads.{self.name}.mask_ratio: found {list(mask_ratio)}; expected 0 <= least <= largest <= 1"

@@ -69,14 +69,16 @@ class Backbone(nn.Module, ABC):
     def _set_interpolation(self, chosen: Interpolation | None, config: Mapping[str, Any]) -> None:
         """Keep the chosen one, or else that of timm's config of a named model."""
         found = chosen or config.get("interpolation", "bilinear")
-        check_choice("backbone.interpolation", found, get_args(Interpolation))
+        check_choice("model.encoder.backbone.interpolation", found, get_args(Interpolation))
         self.interpolation = found
         self._args["interpolation"] = found  # a later version of timm may say another one
 
     def _set_normalisation(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Keep the pixel statistics in the layout of a patch (channel last, so the three numbers repeat)."""
         if len(mean) != 3 or len(std) != 3:
-            raise ValueError(f"backbone.mean, backbone.std: found {list(mean)} and {list(std)}; expected three numbers")
+            raise ValueError(
+                f"model.encoder.backbone.mean, backbone.std: found {list(mean)} and {list(std)}; expected three numbers"
+            )
         self.mean, self.std = tuple(mean), tuple(std)
         self._args |= {"mean": list(mean), "std": list(std)}  # a later version of timm may say others
         pixels = self.patch_size**2
@@ -165,21 +167,25 @@ class NaFlexViT(Backbone):
         interpolation: Interpolation | None = None,
     ) -> None:
         super().__init__()
-        check_whole({"backbone.max_tokens": max_tokens})
+        check_whole({"model.encoder.backbone.max_tokens": max_tokens})
         self._args: dict[str, Any] = {"options": dict(options or {})}
         options = dict(options or {})
         check_rates(options)
+        for side in options.get("pos_embed_grid_size") or ():
+            check_whole({"model.encoder.backbone.options.pos_embed_grid_size": side})
         if (eps := options.pop("norm_eps", None)) is not None:
             options["norm_layer"] = partial(LayerNorm, eps=eps)
         given = {"size": size, "width": width, "depth": depth, "num_heads": num_heads}
         if name is not None:
             for key, value in given.items():
                 if value is not None:
-                    raise ValueError(f"backbone.{key}: {name} has its own; leave it out beside `name`")
+                    raise ValueError(f"model.encoder.backbone.{key}: {name} has its own; leave it out beside `name`")
             self.vit = named_naflex(name, pretrained, options)
         else:
             if pretrained:
-                raise ValueError("backbone.pretrained: needs `name`, a timm model; a size alone is from scratch")
+                raise ValueError(
+                    "model.encoder.backbone.pretrained: needs `name`, a timm model; a size alone is from scratch"
+                )
             self.vit = new_naflex(size, width, depth, num_heads, patch_size, options)
         self._args |= given | {"name": name, "patch_size": patch_size, "max_tokens": max_tokens}
         self.patch_size = self.stride = int(self.vit.embeds.patch_size[0])
@@ -276,7 +282,9 @@ class NaFlexViT(Backbone):
         """Raise ValueError unless the model keeps all patches and, in evaluation, reads them as they come here."""
         check_keeps_patches(self.vit)
         if not self.vit.embeds.channels_last:
-            raise ValueError("backbone.options.patchify_channels_last: found False; expected True, as patches are cut")
+            raise ValueError(
+                "model.encoder.backbone.options.patchify_channels_last: found False; expected True, as patches are cut"
+            )
         self._packs = self.vit.rope is None  # which turns by rows of a batch
         self.reads_parts = tell_places(self.vit.embeds) and self.vit.rope is None  # which wants whole grids
         self._drops_rows = any(isinstance(part, DropPath) for part in self.vit.modules())
@@ -288,7 +296,7 @@ class NaFlexViT(Backbone):
             torch.tensor([[[0, 0], [0, 1]]]).repeat(2, 1, 1),
             torch.tensor([[True, True], [True, False]]),
         )
-        with torch.no_grad(), reworded("backbone.options: timm's NaFlexVit cannot read patches"):
+        with torch.no_grad(), reworded("model.encoder.backbone.options: timm's NaFlexVit cannot read patches"):
             padded = cast(Any, self.vit.forward_features(pixels_22P, coords_222, valid_22))["patches"]
             if self._packs:  # an attention that is not torch's own does not know where an image ends
                 valid_2N = F.pad(valid_22, (self.vit.num_prefix_tokens, 0), value=True)

@@ -21,10 +21,12 @@ class CanvasBackbone(Backbone):
 
     def _set_canvas(self, canvas_hw: Sequence[int], patch_size: int) -> None:
         """Keep the size of the canvas and of the patches in which images travel here."""
-        check_range({"backbone.patch_size": patch_size, "backbone.canvas_hw": min(canvas_hw)}, 1)
+        check_range(
+            {"model.encoder.backbone.patch_size": patch_size, "model.encoder.backbone.canvas_hw": min(canvas_hw)}, 1
+        )
         if any(side % patch_size for side in canvas_hw):
             raise ValueError(
-                f"backbone.canvas_hw: {list(canvas_hw)} must be multiples of backbone.patch_size {patch_size}"
+                f"model.encoder.backbone.canvas_hw: {list(canvas_hw)} must be multiples of patch_size {patch_size}"
             )
         self.canvas_hw = (int(canvas_hw[0]), int(canvas_hw[1]))
         self.patch_size = patch_size

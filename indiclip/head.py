@@ -95,7 +95,8 @@ class Head(nn.Module, ABC):
         block: Behind which block of the backbone the tokens are that the head reads, as its number from 0 on or, below
             0, from the end: -1 is the last. The blocks behind it get no gradient of the head, and do not run on a batch
             that no other head reads further. The tokens are normalised as the backbone's output is, by its last norm
-            (as of DINOv2's `get_intermediate_layers`). None is the output. For heads with `needs_all_patches`.
+            (as of DINOv2's `get_intermediate_layers`). None is the output. For heads with `needs_all_patches` or
+            `reads_tokens`.
 
     Attributes:
         title: What people call the task; empty is the head's name, as is that of a head with a name of its own.
@@ -106,6 +107,7 @@ class Head(nn.Module, ABC):
         required_views: Names of the views that `loss` reads, see `indiclip.loading.views.View`.
         predict_fields: Those that `predict` needs.
         needs_all_patches: Whether dropped patches would spoil what it learns, as they do where it needs a map.
+        reads_tokens: Whether it reads tokens themselves, though not all of them are needed.
         reads_objects: Whether `loss` reads boxes, points, masks or maps, or what belongs to them. Where no head of a
             task does, its training samples come without: to augment them takes longer than the image does.
         no_flip: Why the head cannot learn from mirrored images; empty where it can.
@@ -129,6 +131,7 @@ class Head(nn.Module, ABC):
     required_views: tuple[str, ...] = ()
     predict_fields: tuple[str, ...] = ()
     needs_all_patches = True
+    reads_tokens = False
     reads_objects = True
     no_flip = ""
     mixes = False
@@ -169,6 +172,13 @@ class Head(nn.Module, ABC):
 
     def check(self, train: Datasets, held_out: Datasets) -> None:
         """Compare the head with the datasets it will be trained on and scored on; changes nothing.
+
+        Raises:
+            ValueError: What does not fit, naming the YAML key.
+        """
+
+    def check_samples(self, samples: Mapping[str, Mapping[str, Any]]) -> None:
+        """Compare the head with the first sample of each training source: YAML key of the source -> the sample.
 
         Raises:
             ValueError: What does not fit, naming the YAML key.

@@ -35,14 +35,14 @@ class LoRA:
     targets: list[str] | None = None
 
     def __post_init__(self) -> None:
-        check_range({"encoder.lora.r": self.r}, 1)
-        check_range({"encoder.lora.alpha": self.alpha}, without=0)
-        check_range({"encoder.lora.dropout": self.dropout}, 0, 1, without=1)
+        check_range({"model.encoder.lora.r": self.r}, 1)
+        check_range({"model.encoder.lora.alpha": self.alpha}, without=0)
+        check_range({"model.encoder.lora.dropout": self.dropout}, 0, 1, without=1)
         for name, listed in {"towers": self.towers, "targets": self.targets}.items():
             if listed == []:
-                raise ValueError(f"encoder.lora.{name}: found none, with which there are no adapters")
+                raise ValueError(f"model.encoder.lora.{name}: found none; expected one at least, or no lora")
         for tower in self.towers:
-            check_choice("encoder.lora.towers", tower, ("image", "text"))
+            check_choice("model.encoder.lora.towers", tower, ("image", "text"))
 
 
 def add_lora(towers: dict[str, nn.Module], lora: LoRA) -> None:
@@ -59,16 +59,23 @@ def add_lora(towers: dict[str, nn.Module], lora: LoRA) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("encoder.lora: needs the package peft (pip install peft)") from error
+        raise ModuleNotFoundError("model.encoder.lora: needs the package peft (pip install peft)") from error
     layers = {tower: _linear_layers(towers[tower]) for tower in lora.towers}
     last_parts = {path.rpartition(".")[2] for paths in layers.values() for path in paths}
     for target in lora.targets or []:
         if target not in last_parts:
-            raise ValueError(f"encoder.lora.targets: no linear layer {target!r}{did_you_mean(target, last_parts)}")
+            raise ValueError(
+                f"model.encoder.lora.targets: no linear layer {target!r}{did_you_mean(target, last_parts)}"
+            )
     for tower, paths in layers.items():
         chosen = [path for path in paths if lora.targets is None or path.rpartition(".")[2] in lora.targets]
         if not chosen:
-            raise ValueError(f"encoder.lora.towers: the blocks of {tower} have none of the linear layers asked for")
+            raise ValueError(
+                f"model.encoder.lora.towers: the blocks of {tower} have none of the linear layers asked for"
+            )
+        # Of no matrix has any change a higher rank.
+        largest = max(min(towers[tower].get_parameter(f"{path}.weight").shape) for path in chosen)
+        check_range({"model.encoder.lora.r": lora.r}, 1, largest)
         options = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=chosen)  # type: ignore[arg-type]
         inject_adapter_in_model(options, towers[tower])
 
@@ -97,7 +104,7 @@ def check_adapters(tower: str, model: nn.Module, try_out: Callable[[], Any]) -> 
         wrong = {path.rpartition(".")[2] for path in unused}
         others = sorted({path.rpartition(".")[2] for path in layers} - wrong)
         raise ValueError(
-            f"encoder.lora.targets: the {tower} tower reads the weights of {', '.join(sorted(wrong))} past their "
+            f"model.encoder.lora.targets: the {tower} tower reads the weights of {', '.join(sorted(wrong))} past their "
             f"adapters (such as {unused[0]}), which would have no effect; expected some of [{', '.join(others)}]"
         )
 

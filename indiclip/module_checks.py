@@ -1,11 +1,12 @@
 """What `MultiTask` refuses, so that no run trains for something else than it seems to."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from indiclip.encoder import Encoder
@@ -14,9 +15,12 @@ from indiclip.task_weights import TaskWeights
 
 
 def check_heads(heads: Sequence[Head]) -> None:
-    """Raise ValueError for no head, two of one name, or one without the head that it learns from."""
+    """Raise ValueError for no head or weight, two of one name, or a head without the one that it learns from."""
     if not heads:
         raise ValueError("model.heads: the list is empty; name at least one head")
+    if not any(head.weight for head in heads):
+        every = ", ".join(head.name for head in heads)
+        raise ValueError(f"model.heads: weight is 0 of all ({every}), which trains nothing; expected one above 0")
     names = [head.name for head in heads]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
@@ -36,10 +40,10 @@ def check_blocks(heads: Sequence[Head], encoder: Encoder) -> None:
     """Raise ValueError for a head behind a block that is not there, or blocks that nothing would train."""
     number = len(encoder.backbone.blocks)
     for head in heads:
-        if head.block is not None and not head.needs_all_patches:
+        if head.block is not None and not (head.needs_all_patches or head.reads_tokens):
             raise ValueError(
-                f"heads.{head.name}.block: found {head.block}, for heads that need all patches of an image, as for "
-                "boxes; expected null"
+                f"heads.{head.name}.block: found {head.block}, for heads that read the tokens of images, as for boxes "
+                f"or captions; {head.name} reads what the whole backbone makes of them; expected null"
             )
         if head.block is not None and not -number <= head.block < number:
             expected = f"{-number} to {number - 1}, of its {number} blocks" if number else "null, or a NaFlexViT"
@@ -95,11 +99,21 @@ def check_micro_batches(encoder: Encoder) -> None:
         )
 
 
-def check_task_weights(task_weights: TaskWeights, module: nn.Module, trainer: L.Trainer, compiles: bool) -> None:
-    """Raise ValueError where the gradients of each head cannot be had by themselves."""
-    if not task_weights.watched(module):
+def check_task_weights(task_weights: TaskWeights, module: Any, trainer: L.Trainer, compiles: bool) -> None:
+    """Raise ValueError where there are no heads to compare, or the gradients of each cannot be had by themselves."""
+    if not task_weights.compares_heads:
         return
     name = f"model.task_weights: {type(task_weights).__name__}"
+    weighted = [head.name for head in module.each_head() if head.weight]
+    if len(weighted) == 1:
+        raise ValueError(
+            f"{name} compares heads; found {weighted[0]} alone with a weight; expected two, or no task_weights"
+        )
+    if not task_weights.watched(module):
+        raise ValueError(
+            f"{name} compares gradients on a block of the backbone, of which nothing is trained (model.freeze, "
+            "model.encoder.lora); expected some of it trained, or no task_weights"
+        )
     if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
         raise ValueError(
             f"{name} needs each head's whole gradients on each rank, and this trainer.strategy shares them out; "

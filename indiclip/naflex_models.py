@@ -35,14 +35,14 @@ def new_naflex(
         ValueError: A size or an option that is not there, or widths that do not go together.
     """
     if size is not None:
-        check_choice("backbone.size", size, SIZES)
+        check_choice("model.encoder.backbone.size", size, SIZES)
     of_size = SIZES[size] if size else (None, None, None)
     width, depth, num_heads = width or of_size[0], depth or of_size[1], num_heads or of_size[2]
     if not (width and depth and num_heads):
-        raise ValueError("backbone: give `size`, `name`, or all of `width`, `depth` and `num_heads`")
-    check_range({"backbone.patch_size": patch_size}, 1)
+        raise ValueError("model.encoder.backbone: give `size`, `name`, or all of `width`, `depth` and `num_heads`")
+    check_range({"model.encoder.backbone.patch_size": patch_size}, 1)
     if width % num_heads:
-        raise ValueError(f"backbone.num_heads: {num_heads} does not divide the width {width}")
+        raise ValueError(f"model.encoder.backbone.num_heads: {num_heads} does not divide the width {width}")
     # Grid sampling reads the position table at each token without waiting for the GPU. timm's plain start (normal,
     # 0.02) is made for wide models and learns several times slower in narrow ones than Xavier's, which big_vision uses.
     ours = {"pos_embed_use_grid_sample": True, "weight_init": "jax", "global_pool": "", "fc_norm": False}
@@ -50,7 +50,9 @@ def new_naflex(
     known = {option.name for option in fields(NaFlexVitCfg)} - sizes.keys() | {"img_size"}
     for option in options:
         if option not in known:
-            raise ValueError(f"backbone.options: timm's NaFlexVit has no {option!r}{did_you_mean(option, known)}")
+            raise ValueError(
+                f"model.encoder.backbone.options: timm's NaFlexVit has no {option!r}{did_you_mean(option, known)}"
+            )
     with making("timm's NaFlexVit", options):
         return NaFlexVit(**cast(Any, sizes | ours | options))
 
@@ -71,11 +73,12 @@ def named_naflex(name: str, pretrained: bool, options: dict[str, Any]) -> NaFlex
             named_naflex(name, False, {})  # is it one without them?
         elif isinstance(error.__cause__, TypeError):
             kind = "no plain ViT; use indiclip.timm_backbone.TimmBackbone"
-            raise ValueError(f"backbone.name: {name!r} is {kind}") from error
+            raise ValueError(f"model.encoder.backbone.name: {name!r} is {kind}") from error
         raise
     if not isinstance(model, NaFlexVit):
         raise ValueError(
-            f"backbone.name: {name!r} is a {type(model).__name__}; use indiclip.timm_backbone.TimmBackbone"
+            f"model.encoder.backbone.name: {name!r} is a {type(model).__name__}; use "
+            "indiclip.timm_backbone.TimmBackbone"
         )
     if model.attn_pool is not None and is_model_in_modules(name, ["eva"]):
         model.pool_include_prefix = True  # Perception Encoder's pool attends to the class token, which timm leaves out

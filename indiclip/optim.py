@@ -2,7 +2,7 @@
 
 import re
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, Literal, cast
@@ -12,8 +12,8 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from indiclip.names import check_range
-from indiclip.parameter_groups import rate_factor
+from indiclip.names import check_range, reason_of
+from indiclip.parameter_groups import parameter_groups, rate_factor
 from indiclip.steps import check_ends, check_starts, first_step, start_within
 
 _OLD_TABLES = re.compile(r"(^|\.)(\w*pos_embed|position_\w+|cls_token|reg_token|latent|embeddings|\w*logit_\w+)(\.|$)")
@@ -153,6 +153,31 @@ class Staged(Schedule):
             return own
         before = self._factor(ends[stage - 1] - 1, ends)
         return before + (own - before) * done / self.warmup_steps
+
+
+def check_optimizer(make: Callable[[Iterable[Any]], Optimizer], device: torch.device) -> None:
+    """Make an optimizer for a matrix and a vector and let it step once: many options are read no sooner.
+
+    Args:
+        make: Makes it of parameter groups.
+        device: Where the run trains, as some optimizers and options are of GPUs alone.
+
+    Raises:
+        ValueError: It cannot be made, or cannot step.
+    """
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        stand_in = nn.Linear(8, 8).to(device)
+
+        def closure() -> float:
+            for parameter in stand_in.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            return 1.0
+
+        try:
+            closure()
+            make(parameter_groups(stand_in)).step(closure)
+        except Exception as error:  # whatever an optimizer says of its options
+            raise ValueError(f"model.optimizer: {reason_of(error) or type(error).__name__}") from error
 
 
 def set_rates(optimizer: Optimizer, lr: float | None, weight_decay: float | None) -> None:

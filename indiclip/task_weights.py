@@ -27,9 +27,10 @@ class TaskWeights(nn.Module):
     Attributes:
         logged: Numbers of the last step by head and name, without gradient, such as `detection/log_variance`.
         makes_gradients: Whether `total` makes all of the step's gradients, of those that it is given.
+        compares_heads: Whether it does nothing with a single head.
     """
 
-    makes_gradients = False
+    makes_gradients = compares_heads = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,6 +107,8 @@ class GradNorm(TaskWeights):
         lr: Of the weights.
     """
 
+    compares_heads = True
+
     def __init__(self, alpha: float = 1.5, lr: float = 0.025) -> None:
         super().__init__()
         check_range({"model.task_weights.alpha": alpha})
@@ -180,7 +183,7 @@ class PCGrad(TaskWeights):
     parameters for each head instead of one for all, and memory for a gradient of each.
     """
 
-    makes_gradients = True
+    makes_gradients = compares_heads = True
 
     def watched(self, module: Any) -> list[nn.Parameter]:
         return [p for p in module.parameters() if p.requires_grad]

@@ -71,7 +71,7 @@ class TimmBackbone(CanvasBackbone):
         self._check_kind()
         check_keeps_patches(self.net)
         stages = self.net.feature_info
-        check_range({"backbone.feature_index": feature_index}, -len(stages), len(stages) - 1)
+        check_range({"model.encoder.backbone.feature_index": feature_index}, -len(stages), len(stages) - 1)
         self.stage_index = range(len(stages))[feature_index]
         self.is_last_stage = self.stage_index == len(stages) - 1
         self.stride = int(stages[self.stage_index]["reduction"])
@@ -113,16 +113,19 @@ class TimmBackbone(CanvasBackbone):
             ValueError: The model cannot read the canvas, or gives neither a map nor tokens.
         """
         name, canvas = self._args["name"], self._args["canvas_hw"]
-        problem = f"backbone.canvas_hw: {name} cannot read images of {canvas}"
+        problem = f"model.encoder.backbone.canvas_hw: {name} cannot read images of {canvas}"
         if options:
-            problem = f"backbone.options, backbone.canvas_hw: {name} of {options} cannot read images of {canvas}"
+            keys = "model.encoder.backbone.options, model.encoder.backbone.canvas_hw"
+            problem = f"{keys}: {name} of {options} cannot read images of {canvas}"
         self.eval()  # batch norm in training wants more than one value
         with torch.no_grad(), reworded(problem):
             raw = self._read(next(self.net.parameters()).new_zeros(1, 3, *self.canvas_hw))
         self.train()
         if not isinstance(raw, Tensor) or raw.ndim not in (3, 4):
             found = type(raw).__name__ if not isinstance(raw, Tensor) else f"a tensor of {raw.ndim} dimensions"
-            raise ValueError(f"backbone.name: {name} gives {found}; expected one map, or one row of tokens")
+            raise ValueError(
+                f"model.encoder.backbone.name: {name} gives {found}; expected one map, or one row of tokens"
+            )
         return raw
 
     def _grid_of(self, tokens_BKD: Tensor) -> tuple[int, int]:
@@ -138,11 +141,12 @@ class TimmBackbone(CanvasBackbone):
             return H, W
         if any(side % stride for side in self.canvas_hw):
             raise ValueError(
-                f"backbone.canvas_hw: found {canvas}, of which {name} gives {found} tokens; expected multiples of its "
-                f"stride {stride}"
+                f"model.encoder.backbone.canvas_hw: found {canvas}, of which {name} gives {found} tokens; expected "
+                f"multiples of its stride {stride}"
             )
         raise ValueError(
-            f"backbone.name: {name} gives {found} tokens of {canvas}; expected {expected}, by its stride {stride}"
+            f"model.encoder.backbone.name: {name} gives {found} tokens of {canvas}; expected {expected}, by its "
+            f"stride {stride}"
         )
 
     @property
@@ -170,7 +174,8 @@ class TimmBackbone(CanvasBackbone):
             if not hasattr(self.net, part):
                 kind = type(self.net).__name__
                 raise ValueError(
-                    f"backbone.name: {self._args['name']} is a {kind} without {part}; expected an image model with it"
+                    f"model.encoder.backbone.name: {self._args['name']} is a {kind} without {part}; expected an "
+                    "image model with it"
                 )
 
     @property
@@ -226,7 +231,7 @@ def at_canvas(name: str, canvas_hw: tuple[int, int], pretrained: bool, options: 
     refusal = None
     if "img_size" not in options and canvas_hw != own_hw:
         try:
-            with reworded(f"backbone.canvas_hw: {name} cannot be made for images of {list(canvas_hw)}"):
+            with reworded(f"model.encoder.backbone.canvas_hw: {name} cannot be made for images of {list(canvas_hw)}"):
                 return create(img_size=canvas_hw, **options)
         except ValueError as error:
             refusal = error

@@ -53,7 +53,7 @@ class TransformersBackbone(CanvasBackbone):
         self._set_canvas(canvas_hw, patch_size)
         self._args = {"canvas_hw": list(canvas_hw), "patch_size": patch_size, "mean": list(mean), "std": list(std)}
         kind = str(architecture.get("model_type"))
-        check_choice("backbone.architecture.model_type", kind, KINDS)
+        check_choice("model.encoder.backbone.architecture.model_type", kind, KINDS)
         fields = {name: value for name, value in architecture.items() if name != "model_type"}
         config: Any = transformers.CONFIG_MAPPING[kind](**fields)
         self.net = transformers.AutoModel.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]

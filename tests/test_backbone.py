@@ -118,9 +118,17 @@ def naflex(**options):
         (lambda: naflex(patch_drop_rate=0.5), "backbone.options.patch_drop_rate: expected 0"),
         (lambda: TimmBackbone("test_vit", options={"patch_drop_rate": 0.5}), "options.patch_drop_rate: expected 0"),
         (lambda: naflex(drop_path_rate=2.0), "backbone.options.drop_path_rate: found 2.0; expected 0 to below 1"),
+        (lambda: naflex(pos_embed_grid_size=[0, 6]), "backbone.options.pos_embed_grid_size: found 0; expected a whole"),
+        (
+            lambda: TimmBackbone("test_convnext", (32, 32), options={"pos_embed_grid_size": [6, 6]}),
+            "expected an indiclip.backbone.NaFlexViT for pos_embed_grid_size",
+        ),
         (lambda: NaFlexViT(name="test_vit", options={"in_chans": 1}), "cannot read patches"),
         (lambda: NaFlexViT(name="test_vit", options={"cls_token": True}), "test_vit cannot be made of .*'cls_token'"),
-        (lambda: TimmBackbone("convnext_atto", (33, 32), 8), "must be multiples of backbone.patch_size 8"),
+        (
+            lambda: TimmBackbone("convnext_atto", (33, 32), 8),
+            "must be multiples of patch_size 8",
+        ),
         (lambda: TimmBackbone("convnext_atto", (32, 32), 0), "backbone.patch_size: found 0; expected 1 or more"),
         (lambda: TimmBackbone("convnext_atto", (0, 32), 8), "backbone.canvas_hw: found 0; expected 1 or more"),
         (lambda: NaFlexViT(size="tiny", patch_size=0), "backbone.patch_size: found 0; expected 1 or more"),
@@ -154,7 +162,7 @@ REFUSED.remove(("from scratch", "num_heads"))  # an argument of its own
 @pytest.mark.parametrize(("kind", "option"), REFUSED)
 def test_options_that_timm_refuses_are_named_in_a_line(kind, option):
     value, words = IN_TIMMS_WORDS[option]
-    with pytest.raises(ValueError, match=rf"^backbone\.options: .*{words}") as raised:
+    with pytest.raises(ValueError, match=rf"^model\.encoder\.backbone\.options: .*{words}") as raised:
         KINDS[kind](**{option: value})
     assert "\n" not in str(raised.value)
 
@@ -176,23 +184,48 @@ SMALL_SWIN = {"img_size": 64, "window_size": 4, "depths": (1, 1, 1, 1)}
     [
         (  # 6 x 6 tokens, where 104 / 16 = 6.5
             *("vit_tiny_patch16_224", (104, 104), {"depth": 1}),
-            r"^backbone\.canvas_hw: found \[104, 104\].* gives 36 tokens; expected multiples of its stride 16$",
+            r"backbone\.canvas_hw: found \[104, 104\].* gives 36 tokens; expected multiples of its stride 16$",
         ),
         (
             "pit_ti_224",
             (224, 224),
             {},
-            r"^backbone\.name: pit_ti_224 gives 1 tokens of .*; expected 49, by its",
+            r"^model\.encoder\.backbone\.name: pit_ti_224 gives 1 tokens of .*; expected 49, by its",
         ),
-        ("crossvit_tiny_240", (240, 240), {}, "^backbone.name: crossvit_tiny_240 gives list; expected one map, or one"),
-        ("levit_128s", (104, 104), {}, r"^backbone\.canvas_hw: levit_128s cannot read images of \[104, 104\]: "),
+        (
+            "crossvit_tiny_240",
+            (240, 240),
+            {},
+            "^model.encoder.backbone.name: crossvit_tiny_240 gives list; expected one map, or one",
+        ),
+        (
+            "levit_128s",
+            (104, 104),
+            {},
+            r"^model\.encoder\.backbone\.canvas_hw: levit_128s cannot read images of \[104, 104\]: ",
+        ),
         (
             *("test_vit", (64, 64), {"norm_layer": "batchnorm2d"}),
-            r"^backbone\.options, backbone\.canvas_hw: test_vit of {'norm_layer'.* cannot read images of \[64, 64\]: ",
+            r"options, model\.encoder\.backbone\.canvas_hw: test_vit of {'norm_layer'.* cannot read images of ",
         ),
-        ("nest_tiny", (64, 128), {}, r"^backbone\.canvas_hw: nest_tiny cannot be made for .*\[64, 128\]: .* square"),
-        ("mixer_s32_224", (64, 64), {"img_size": 224}, r"^backbone\.options, backbone\.canvas_hw: mixer_s32_224 of "),
-        ("convnext_atto", (64, 64), {"bogus": 1}, "^backbone.options: convnext_atto cannot be made of {'bogus': 1}"),
+        (
+            "nest_tiny",
+            (64, 128),
+            {},
+            r"^model\.encoder\.backbone\.canvas_hw: nest_tiny cannot be made for .*\[64, 128\]: .* square",
+        ),
+        (
+            "mixer_s32_224",
+            (64, 64),
+            {"img_size": 224},
+            r"^model\.encoder\.backbone\.options, model\.encoder\.backbone\.canvas_hw: mixer_s32_224 of ",
+        ),
+        (
+            "convnext_atto",
+            (64, 64),
+            {"bogus": 1},
+            "^model.encoder.backbone.options: convnext_atto cannot be made of {'bogus': 1}",
+        ),
     ],
 )
 def test_a_canvas_that_the_model_cannot_read_is_refused_when_it_is_made(name, canvas_hw, options, message):

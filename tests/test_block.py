@@ -10,6 +10,7 @@ from test_sharding import fitted, largest_difference, sharded, weights
 from test_throughput import steps
 from torch.utils.flop_counter import FlopCounterMode
 
+from heads.captioning import Captioning
 from heads.contrastive import Contrastive
 from heads.detection import Detection
 from indiclip.backbone import NaFlexViT
@@ -129,8 +130,9 @@ def test_what_cannot_be_is_one_line():
         MultiTask(plain, [Contrastive(), Detection(block=3, **options)])
     with pytest.raises(ValueError, match="heads.detection.block: found -1 with a TimmBackbone; expected null, or a Na"):
         MultiTask(other, [Contrastive(), Detection(block=-1, **options)])
-    with pytest.raises(ValueError, match="heads.contrastive.block: found -1, for heads that need all patches of an i"):
+    with pytest.raises(ValueError, match="heads.contrastive.block: found -1, for heads that read the tokens of imag"):
         MultiTask(plain, [Contrastive(block=-1)])
+    MultiTask(plain, [Contrastive(), Captioning(task="contrastive", block=0)])
     deep = Encoder(naflex(), TextTower(ByteTokenizer(), ARCHITECTURE), 32, (16,))
     with pytest.raises(ValueError, match="model.heads: every head reads tokens before the backbone's last block"):
         MultiTask(deep, [Detection(block=1, **options)])

@@ -214,6 +214,9 @@ def test_a_plan_counts_the_decoder(encoder):
         ({"depth": 2, "text_layers": 2}, r"heads\.captioning\.text_layers: found 2; expected 0 to 1"),
         ({"parallel": 1.5}, r"heads\.captioning\.parallel: found 1\.5; expected 0 to 1"),
         ({"language": "Hindi (hi)"}, r"heads\.captioning\.language: found 'Hindi \(hi\)'; expected a code such as hi"),
+        ({"language": "Hindi"}, r"heads\.captioning\.language: found 'Hindi'; expected a code such as hi"),
+        ({"num_bins": 1}, r"heads\.captioning\.num_bins: found 1; expected 2 or more"),
+        ({"max_tokens": 65}, r"heads\.captioning\.max_tokens: found 65; expected 1 to 64"),  # the tokenizer's context
         ({"width": 64, "num_heads": 3}, r"heads\.captioning\.num_heads: found 3; expected a number that divides .* 64"),
     ],
 )
@@ -233,6 +236,13 @@ def test_data_that_do_not_fit_are_refused(encoder):
     with pytest.raises(ValueError, match=message):
         make_head(encoder, regions=True).check({"data.train[0]": without}, {})
     make_head(encoder).check({"data.train[0]": without}, {})
+    samples = {"data.train[0]": {"label": 3}, "data.train[1]": {"caption": "a diya"}}
+    with pytest.raises(
+        ValueError, match=r"heads\.captioning\.regions: needs boxes, but the first samples of data\.tra"
+    ):
+        make_head(encoder, regions=True).check_samples(samples)
+    make_head(encoder, regions=True).check_samples(samples | {"data.train[2]": Mela(4)[0]})
+    make_head(encoder).check_samples(samples)
     with pytest.raises(ValueError, match=r"heads\.captioning\.task: data\.val\[0\]: Without .* without a caption"):
         make_head(encoder).check({}, {"data.val[0]": Without(4)})
 

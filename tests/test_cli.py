@@ -24,6 +24,7 @@ from indiclip.generated.mela import Mela
 from indiclip.training.cli import run
 from indiclip.training.record import read_history
 
+WEIGHTLESS = {"class_path": "heads.contrastive.Contrastive", "init_args": {"weight": 0.0}}
 ELSEWHERE = {"class_path": "indiclip.training.fault_tolerance.checkpoints.Checkpoints", "init_args": {"dirpath": "x"}}
 
 
@@ -90,6 +91,7 @@ def test_a_flag_for_one_item_of_a_list_is_told_where_items_are_changed(tmp_path,
         ({"trainer__max_steps": "many"}, "trainer.max_steps: .*int.* many"),
         ({"data__train__0__dataset__init_args__layout": "singel"}, "layout.*'singel'.*'single'"),
         ({"model__heads": [{"class_path": "heads.contrastive.Contrastive"}] * 2}, "more than once"),
+        ({"model__heads": [WEIGHTLESS]}, r"model.heads: weight is 0 of all \(contrastive\), which trains nothing"),
         ({"model__encoder__lengths": [0]}, "encoder.lengths: found 0; expected a whole number from 1 to"),
         ({"model__encoder__backbone__init_args__max_tokens": 0}, "backbone.max_tokens: found 0; expected a whole num"),
         ({"data__train__0__max_tokens": 0}, "max_tokens of task 'contrastive': found 0; expected 1 or more"),

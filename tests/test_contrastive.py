@@ -403,8 +403,9 @@ def test_other_weights_are_scored_by_their_own_class_texts():
 
 
 def test_mistakes_name_the_key():
-    with pytest.raises(ValueError, match="heads.contrastive.templates"):
-        Contrastive(templates=["a photo"])
+    for template in ("a photo", "{} {}"):
+        with pytest.raises(ValueError, match="heads.contrastive.templates"):
+            Contrastive(templates=[template])
     encoder, head = tiny_encoder(), Contrastive()
     with pytest.raises(ValueError, match=r"heads.pairs.length_weights: found \[1.0\] for the lengths \[16, 32, 64\]"):
         Contrastive(name="pairs", length_weights=[1.0]).bind(encoder)

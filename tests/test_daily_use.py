@@ -284,6 +284,12 @@ def test_a_checkpoint_of_an_error_lies_with_the_others(tmp_path, elsewhere, caps
                     "found 2.0; expected 0 to 1",
                 ),
                 ("optimizer", part("torch.optim.AdamW", fused=True, foreach=True), ".*cannot be `True` together.*"),
+                (
+                    "optimizer",
+                    part("timm.optim.Muon", adjust_lr_fn="mach_rms"),
+                    'Invalid scaling function "mach_rms".*',
+                ),
+                ("optimizer", part("timm.optim.Muon", betas=[1.9, 2]), "result type ComplexFloat can't be cast.*"),
                 ("optimizer", part("torch.optim.LBFGS"), r"LBFGS doesn't support per-parameter options.*"),
                 ("heads", 3, "expected list; found 3"),
             )

@@ -266,6 +266,8 @@ def test_averages_that_a_strategy_does_not_allow_are_refused():
         trainer_options(options, Path("run"), "fit", True)
     with pytest.raises(ValueError, match="FSDPStrategy flattens the weights, .* expected ddp or .*ShardedStrategy"):
         EMA().setup(SimpleNamespace(strategy=FSDPStrategy()), None, "fit")
+    with pytest.raises(ValueError, match="trainer.callbacks: found EMA more than once"):
+        EMA().setup(SimpleNamespace(strategy=None, callbacks=[EMA(), EMA()]), None, "fit")
 
 
 @pytest.mark.parametrize(("options", "first"), [({"start_step": 5}, 5), ({"start_step": 3, "every_n_steps": 5}, 5)])

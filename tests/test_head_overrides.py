@@ -69,6 +69,14 @@ def test_they_are_part_of_the_heads_in_what_a_run_keeps(tmp_path, capsys):
         ({"head": "contrastive", "loss": "hinge"}, "hinge"),
         ({"head": "contrastive", "init_logit_bias": -1}, "init_logit_bias: the loss softmax has none"),
         ({"head": "contrastive", "init_logit_scale": 200.0}, "init_logit_scale: found 200.0; expected 0.001 to 100.0"),
+        (
+            {"head": "contrastive", "loss": "sigmoid", "init_logit_bias": float("inf")},
+            "heads.contrastive.init_logit_bias: found inf; expected -100 to 100",
+        ),
+        (
+            {"head": "contrastive", "loss": "sigmoid", "init_logit_bias": float("nan")},
+            "heads.contrastive.init_logit_bias: found nan; expected -100 to 100",
+        ),
         ({"head": "contrastive", "max_logit_scale": 5.0}, "init_logit_scale: found 14.2857 with max_logit_scale 5"),
     ],
 )

@@ -151,12 +151,13 @@ def test_a_target_that_no_layer_has_is_said():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"towers": []}, "encoder.lora.towers: found none, with which there are no adapters"),
-        ({"targets": []}, "encoder.lora.targets: found none"),
-        ({"alpha": 0}, "encoder.lora.alpha: found 0; expected above 0"),
+        ({"towers": []}, "model.encoder.lora.towers: found none; expected one at least"),
+        ({"targets": []}, "model.encoder.lora.targets: found none"),
+        ({"r": 100_000}, "model.encoder.lora.r: found 100000; expected 1 to 64"),
+        ({"alpha": 0}, "model.encoder.lora.alpha: found 0; expected above 0"),
         ({"dropout": 1}, "encoder.lora.dropout: found 1; expected 0 to below 1"),
     ],
 )
 def test_adapters_that_would_do_nothing_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        LoRA(**options)
+        tiny_encoder(lora=LoRA(**options))

@@ -80,6 +80,20 @@ def test_mixup_and_cutmix_stack(methods):
     assert stacked(*methods).mix == Mix(mixup=0.2, cutmix=1.0)
 
 
-def test_two_levels_of_one_augmentation_do_not():
-    with pytest.raises(ValueError, match=r"overrides\[1\].mix: found Mix\(mixup=0.5, .*\[0\].mix .* is Mix\(mixup=0.2"):
-        stacked("mixup", "augreg_medium2")
+@pytest.mark.parametrize(
+    ("methods", "words"),
+    [
+        (("mixup", "augreg_medium2"), r"overrides\[1\].mix: found Mix\(mixup=0.5, .*\[0\].mix .* is Mix\(mixup=0.2"),
+        (
+            ("augreg_light1", "augreg_strong2"),
+            r"overrides\[1\].augment: found a RandAugment behind .*overrides\[0\].aug",
+        ),
+        (
+            ("augreg_light1", "augreg_light1"),
+            r"overrides\[1\].augment: found a RandAugment behind .*overrides\[0\].aug",
+        ),
+    ],
+)
+def test_two_levels_of_one_augmentation_do_not(methods, words):
+    with pytest.raises(ValueError, match=words):
+        stacked(*methods)

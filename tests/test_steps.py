@@ -86,12 +86,14 @@ def test_a_stage_beyond_the_run_is_one_line_before_training(kind, tmp_path, caps
     tree = config(trainer__max_steps=3)
     if kind == "stage":
         tree["data"]["train"][0]["stages"] = [{"until": 3, "max_tokens": 4}]
-        words = "data: task 'contrastive': stages[0].until: 3 is beyond the last of the run's 3 steps"
+        words = "data.train[0].stages[0].until: 3 is beyond the last of the run's 3 steps"
     else:
         stages = {"stages": [{"until": 5, "factor": 2.0}]}
         tree["model"]["lr_schedule"] = {"class_path": "indiclip.optim.Staged", "init_args": stages}
         words = "model.lr_schedule.stages[0].until: 5 is beyond the last of the run's 3 steps"
     assert fit(tmp_path, tree) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("indiclip:")]
+    out, err = capsys.readouterr()
+    (line,) = [line for line in err.splitlines() if line.startswith("indiclip:")]
     assert words in line
+    assert "Sources" not in out  # of the start-up table
     assert not (tmp_path / "runs" / "experiment").exists()

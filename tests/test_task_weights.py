@@ -296,6 +296,13 @@ def test_what_cannot_be_is_one_line(tmp_path, capsys):
     assert fit(tmp_path, tree) == 2
     assert "model.task_weights.alpha: found -1.0; expected 0 or more" in capsys.readouterr().err
     tree["model"]["task_weights"] = {"class_path": "indiclip.task_weights.PCGrad"}
+    assert fit(tmp_path, tree) == 2
+    assert "PCGrad compares heads; found contrastive alone with a weight; expected two" in capsys.readouterr().err
+    tree["model"]["heads"].append({"class_path": "heads.contrastive.Contrastive", "init_args": {"name": "second"}})
+    tree["model"]["heads"][1]["init_args"]["task"] = "contrastive"
+    gradnorm = {"class_path": "indiclip.task_weights.GradNorm"}
+    assert fit(tmp_path, tree | {"model": tree["model"] | {"task_weights": gradnorm, "freeze": ["image"]}}) == 2
+    assert "GradNorm compares gradients on a block of the backbone, of which nothing is" in capsys.readouterr().err
     tree["model"]["compile"] = True
     assert fit(tmp_path, tree) == 2
     assert "model.task_weights: PCGrad goes back through a block once for each head" in capsys.readouterr().err

@@ -153,6 +153,7 @@ class Stop(Callback):
     ("start", "view_start", "words"),
     [
         (4, 4, "heads.late.start: 4 is beyond the last of the run's 4 steps"),
+        (1000, 0.25, "heads.late.start: 1000 is beyond the last of the run's 4 steps"),  # not that the two differ
         (0.25, 0.5, "'local' has start 0.5; expected heads.late.start 0.25"),
     ],
 )

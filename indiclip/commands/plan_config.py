@@ -21,7 +21,7 @@ from indiclip.planning.hardware import STRATEGIES, Strategy, default, device
 from indiclip.planning.memory import weigh
 from indiclip.planning.run_phases import RunPhases
 from indiclip.planning.step_model import step_model
-from indiclip.training.checks import check
+from indiclip.training.checks import check, check_length
 
 # `trainer.precision` -> data type of the matrix products, and of autocast
 _PRECISIONS = {
@@ -46,6 +46,8 @@ def plan_on_gpus(
     precision = str(trainer.get("precision") or "32-true")
     precision = {"32": "32-true"}.get(precision, precision)
     check_choice("trainer.precision", precision, _PRECISIONS)
+    if (most := trainer.get("max_steps") or 0) > 0:
+        check_length(model, data, most)
     check(model, data, "fit")
     dtype, autocast = _PRECISIONS[precision]
     nodes = nodes or _number(trainer.get("num_nodes"), 1)

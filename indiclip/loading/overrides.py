@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import nn
+from torchvision.transforms import v2
 
 from indiclip.loading.mixing import Mix
 from indiclip.loading.source import Source
@@ -71,7 +72,20 @@ def overridden(sources: Sequence[Source], overrides: Sequence[SourceOverride]) -
             )
         of_task[override.task][key] = override
     options = {task: _together(of_task[task]) for task in of_task}
+    for number, source in enumerate(sources):
+        _check_augment(f"data.train[{number}]", source, of_task[source.task])
     return [_changed(source, options[source.task]) if options[source.task] else source for source in sources]
+
+
+def _check_augment(key: str, source: Source, overrides: Mapping[str, SourceOverride]) -> None:
+    """Raise ValueError for a RandAugment behind another one, as of two levels of AugReg."""
+    lists = {key: source.augment} | {of: override.augment for of, override in overrides.items()}
+    found = [of for of, augment in lists.items() for step in augment or [] if isinstance(step, v2.RandAugment)]
+    if len(found) > 1:
+        raise ValueError(
+            f"{found[1]}.augment: found a RandAugment behind that of {found[0]}.augment, for the same task "
+            f"{source.task!r}; expected one of them (two --config files?)"
+        )
 
 
 def _together(overrides: Mapping[str, SourceOverride]) -> dict[str, Any]:

@@ -6,9 +6,11 @@ from typing import Any
 
 from indiclip.backbone import Backbone
 from indiclip.head import Head
+from indiclip.head_schedule import start_steps
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.loading.plan import SampleRef
 from indiclip.loading.source import Source, keyed, settled
+from indiclip.loading.stages import stage_ends
 from indiclip.loading.steps import Steps
 from indiclip.module import MultiTask
 from indiclip.names import did_you_mean
@@ -44,6 +46,21 @@ def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
         head.check(*of_task)
 
 
+def check_length(model: MultiTask, data: MultiTaskData, num_steps: int) -> None:
+    """Refuse heads, stages and views that begin or end behind a run's last step.
+
+    Args:
+        num_steps: Of the run, or more.
+
+    Raises:
+        ValueError: The first of them, naming the YAML key.
+    """
+    start_steps(model.each_head(), num_steps)
+    for key, source in keyed("data.train", data.train).items():
+        stage_ends(source.stages, num_steps, f"{key}.stages")
+        source.change_steps(num_steps)
+
+
 def _check_source(key: str, source: Source, heads: Sequence[Head], backbone: Backbone, trains: bool) -> None:
     """Refuse a source that nobody reads, or whose images the backbone or a head does not take so."""
     tasks = {head.task for head in heads}
@@ -62,6 +79,13 @@ def _check_source(key: str, source: Source, heads: Sequence[Head], backbone: Bac
     for head in readers:
         _check_views(key, source, head, trains)
         _check_mix(key, source, head, trains)
+    read = [name for head in readers for name in head.required_views]
+    for view in source.views:
+        if view.name not in read:
+            raise ValueError(
+                f"{key}.views: found {view.name!r}, which no head of the task {source.task!r} reads"
+                f"{did_you_mean(view.name, read)}; expected {', '.join(read) or 'none'}"
+            )
 
 
 def _check_tasks(data: MultiTaskData, heads: Sequence[Head]) -> None:
@@ -92,9 +116,12 @@ def _check_samples(
         key: [(head, _needed(head, scores, trains)) for head in heads if head.task == source.task]
         for key, source in sources.items()
     }
-    for key, sample in _first_samples(data, sources, trains):
+    samples = dict(_first_samples(data, sources, trains))
+    for key, sample in samples.items():
         for head, fields in needed[key]:
             _check_sample(key, sources[key], sample, head, fields)
+    for head in heads if trains else ():
+        head.check_samples({key: of for key, of in samples.items() if sources[key].task == head.task})
     for key, source in sources.items():
         names = [name for _, fields in needed[key] for name in fields if scores]
         source.required_fields = tuple(dict.fromkeys(names))
@@ -195,8 +222,8 @@ def _check_mix(key: str, source: Source, head: Head, trains: bool) -> None:
         raise ValueError(f"{key}.mix: held-out images are read as they are; expected mix in data.train alone")
     if source.mix and not head.mixes:
         raise ValueError(
-            f"{key}.mix: {head.name} reads the task {source.task!r} and cannot learn from two images in one, as what "
-            "it learns of them (boxes, points, texts) cannot be mixed; expected no mix, in data.overrides neither"
+            f"{key}.mix: {head.name} reads the task {source.task!r} and cannot learn from two images in one; expected "
+            "no mix, in data.overrides neither"
         )
 
 

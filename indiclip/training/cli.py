@@ -23,8 +23,9 @@ from indiclip.loading.data_module import MultiTaskData
 from indiclip.masking import mask, remember_variables
 from indiclip.module import MultiTask
 from indiclip.old_names import translate_config
+from indiclip.optim import check_optimizer
 from indiclip.training import launch
-from indiclip.training.checks import check
+from indiclip.training.checks import check, check_length
 from indiclip.training.config_errors import ConfigError, OneLineParser, check_unmasked, check_yaml, one_line
 from indiclip.training.config_history import ConfigHistory, check_changes, plain
 from indiclip.training.fault_tolerance import local_ranks
@@ -70,8 +71,9 @@ class IndiCLI(LightningCLI):
         _quieten()
         sys.argv[1:] = find_configs(sys.argv[1:])  # also for the other processes, which Lightning starts with it
         check_yaml(files := config_files(sys.argv[1:]))
-        for line in disagreements(files) if is_first_process() else ():
-            warnings.warn(line, stacklevel=2)
+        for line in disagreements(files):
+            if is_first_process():
+                warnings.warn(line, stacklevel=2)
         # Lightning's Timer has an enum for a default.
         yaml.SafeDumper.add_multi_representer(str, yaml.SafeDumper.represent_str)
         set_loader("omegaconf+", _load, (yaml.YAMLError,))
@@ -179,6 +181,9 @@ class IndiCLI(LightningCLI):
 
     def before_fit(self) -> None:
         self.model.check_trainer(self.trainer)
+        check_optimizer(self.model.optimizer, self.trainer.strategy.root_device)
+        if self.trainer.max_steps > 0:
+            check_length(self.model, self.datamodule, self.trainer.max_steps)
         assert self.folder is not None
         lock(self.folder)
         goes_on = self._get(self.config_init, "ckpt_path") is not None

@@ -49,7 +49,7 @@ def _apply(key: str, override: Any, heads: dict[str, Namespace], said: _Said) ->
     arguments = heads[name].get("init_args") or Namespace()  # type: ignore[no-untyped-call]
     for argument, value in changes.items():
         first, others = said.setdefault((name, argument), (key, value))
-        if value != others:
+        if value is not others and value != others:  # NaN is not equal to itself
             raise ValueError(
                 f"{key}.{argument}: found {shorten(value)}, and {first}.{argument} of the same head {name!r} is "
                 f"{shorten(others)}; expected one of them (two --config files?)"

@@ -6,24 +6,44 @@ from typing import Any
 
 import yaml
 
+from indiclip.config_files import SHIPPED
 from indiclip.names import shorten
 
 
-def disagreements(files: Sequence[str]) -> Iterator[str]:
+def disagreements(files: Sequence[str]) -> list[str]:
     """A line for each key that two files give different values, the first file aside: that is to be changed.
 
     Lists that grow (`heads+`) are no such keys. See `data.overrides` and `model.head_overrides` for what they hold.
 
     Args:
         files: Of `--config`, which parse.
+
+    Raises:
+        ValueError: Both are shipped pages of methods, which a user stacks to have both; no other file behind them says
+            what is to be.
     """
     said: dict[str, tuple[str, Any]] = {}
+    lines: list[str] = []
+    clashes: dict[str, str] = {}
     for file in files[1:]:
         for key, value in _values(yaml.safe_load(Path(file).read_text(encoding="utf-8"))):
             first, before = said.get(key, (file, value))
-            if value != before:
-                yield f"{key}: {file} says {shorten(value)}, in place of {shorten(before)} of {first}"
             said[key] = (file, value)
+            if not _is_method(file):
+                clashes.pop(key, None)
+            if value == before:
+                continue
+            if _is_method(file) and _is_method(first):
+                clashes[key] = f"{file} says {shorten(value)}, and {first} {shorten(before)}"
+            else:
+                lines.append(f"{key}: {file} says {shorten(value)}, in place of {shorten(before)} of {first}")
+    for key, found in clashes.items():
+        raise ValueError(f"{key}: {found}; expected one of them, or a --config behind them that gives the key")
+    return lines
+
+
+def _is_method(file: str) -> bool:
+    return Path(file).resolve().parent == (SHIPPED / "methods").resolve()
 
 
 def _values(tree: dict[str, Any], key: str = "") -> Iterator[tuple[str, Any]]:
