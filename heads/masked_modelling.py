@@ -125,6 +125,7 @@ class MaskedModelling(Head):
         if hard_negatives and "itm" not in self.losses:
             raise ValueError(f"heads.{self.name}.hard_negatives: found true without itm among the losses")
         self.targets, self.options, self.teacher_decay = targets, codebook or Codebook(), teacher_decay
+        self.options.check(f"heads.{self.name}.codebook")
         self.image_ratio, self.text_ratio, self.hard_negatives = image_ratio, text_ratio, hard_negatives
         self.width, self.depth, self.num_heads = width, depth, num_heads
         self.of_two = not _OF_TWO.isdisjoint(self.losses)
@@ -157,9 +158,9 @@ class MaskedModelling(Head):
             return None
         if self.targets == "teacher":
             return Teacher(encoder, has_pool=False)
-        backbone, key = encoder.backbone, f"heads.{self.name}.codebook"
+        backbone = encoder.backbone
         mean_P, std_P = (of.repeat(self.per_side**2) for of in (backbone.mean_P, backbone.std_P))
-        return PatchCodebook(self.options, mean_P, std_P, key)
+        return PatchCodebook(self.options, mean_P, std_P)
 
     @property
     def codebook(self) -> PatchCodebook | None:

@@ -36,6 +36,12 @@ class Codebook:
     decay: float = 0.99
     until: float = 1.0
 
+    def check(self, key: str) -> None:
+        """Raise ValueError for a number out of its range; `key` is that of the options in the YAML."""
+        check_whole({f"{key}.size": self.size}, 2)
+        check_range({f"{key}.decay": self.decay}, 0, 1, without=1)
+        check_range({f"{key}.until": self.until}, 0, 1, without=0)
+
 
 class PatchCodebook(nn.Module):
     """Patches -> the numbers of the nearest codes.
@@ -44,7 +50,6 @@ class PatchCodebook(nn.Module):
         options: See there.
         mean_P: Of pixels in 0..255, with which patches are normalised.
         std_P: As `mean_P`.
-        key: Of the options in the YAML, for errors.
 
     Attributes:
         sums_CP: Average sums of the patches of each code.
@@ -58,11 +63,8 @@ class PatchCodebook(nn.Module):
     mean_P: Tensor
     std_P: Tensor
 
-    def __init__(self, options: Codebook, mean_P: Tensor, std_P: Tensor, key: str = "codebook") -> None:
+    def __init__(self, options: Codebook, mean_P: Tensor, std_P: Tensor) -> None:
         super().__init__()
-        check_whole({f"{key}.size": options.size}, 2)
-        check_range({f"{key}.decay": options.decay}, 0, 1, without=1)
-        check_range({f"{key}.until": options.until}, 0, 1, without=0)
         self.options = options
         self.register_buffer("sums_CP", torch.zeros(options.size, len(mean_P)))
         self.register_buffer("counts_C", torch.zeros(options.size))

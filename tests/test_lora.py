@@ -153,7 +153,7 @@ def test_a_target_that_no_layer_has_is_said():
     [
         ({"towers": []}, "model.encoder.lora.towers: found none; expected one at least"),
         ({"targets": []}, "model.encoder.lora.targets: found none"),
-        ({"r": 100_000}, "model.encoder.lora.r: found 100000; expected 1 to 64"),
+        ({"r": 100_000}, "model.encoder.lora.r: found 100000; expected 1 to 32"),
         ({"alpha": 0}, "model.encoder.lora.alpha: found 0; expected above 0"),
         ({"dropout": 1}, "encoder.lora.dropout: found 1; expected 0 to below 1"),
     ],

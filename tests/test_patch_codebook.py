@@ -88,12 +88,3 @@ def test_two_ranks_learn_the_codes_of_one(tmp_path):
     alone = work(None)
     for found in on_ranks(2, work, tmp_path):
         torch.testing.assert_close(torch.tensor(found), torch.tensor(alone), rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [({"size": 1}, "codebook.size: found 1"), ({"decay": 1.0}, "codebook.decay"), ({"until": 0.0}, "codebook.until")],
-)
-def test_options_that_cannot_be(options, words):
-    with pytest.raises(ValueError, match=words):
-        codebook(**options)

@@ -147,7 +147,7 @@ ARROWS = {
     "training": (
         "types names strict_yaml old_names masking config_files json_lines patches checkpoint pretrained distributed"
         " sharding moving_average teacher float8 pooling lightning_internals backbone encoder head presentation module"
-        " task_weights losses datasets loading evals planning"
+        " head_schedule optim task_weights losses datasets loading evals planning"
     ),
     "export": (
         "types names masking datasets.tables patches preprocessing backbone canvas_backbone timm_backbone tokenizers"
