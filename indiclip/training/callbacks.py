@@ -102,13 +102,17 @@ def _parts_table(module: MultiTask) -> Table:
     parts = [("encoder", encoder, "", ""), ("- backbone", encoder.backbone, "", ""), ("- text", encoder.text, "", "")]
     for head in module.each_head():
         late = f" from step {start}" if (start := module.starts.get(head.name)) else ""
-        parts.append((f"head: {head.name}", head, head.task, f"{head.weight:g}{late}"))
+        parts.append((head.name, head, head.task, f"{head.weight:g}{late}"))
     partly = _sizes(module)[1] != "all"
     columns = ("parameters", "trained") if partly else ("parameters",)
     table = Table("part", "class", *columns, "task", "weight", title="Model", title_justify="left")
     for name, part, task, weight in parts:
         sizes = _sizes(part)
         table.add_row(name, type(part).__name__, *(sizes if partly else sizes[:1]), task, weight)
+        if part is encoder.text:
+            table.add_section()
+    for column in table.columns:
+        column.overflow = "fold"  # in a narrow terminal, where the end of a name would be cut off
     return table
 
 
