@@ -90,6 +90,25 @@ def test_training_samples_have_boxes_and_the_like_where_a_head_of_their_task_rea
     assert objects <= data.steps(data.val, train=False)[0]["contrastive"]["targets"].keys()
 
 
+class Unboxed(Mela):
+    """As photos with a label, such as CIFAR-10's."""
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        return {name: value for name, value in sample.items() if name in ("key", "image", "captions", "label")}
+
+
+def test_boxes_to_learn_from_are_in_one_training_source_at_least():
+    model = MultiTask(tiny_encoder(), [Contrastive(), Captioning(task="contrastive", regions=True)])
+    sources = [Source("contrastive", dataset(8, 32, "single"), 2, max_tokens=16) for dataset in (Unboxed, Mela)]
+    check(model, MultiTaskData(sources, sources[:1], patch_size=8), "fit")
+    words = (
+        r"heads\.captioning\.regions: needs boxes, but the first samples of data\.train\[0\] have none; expected false"
+    )
+    with pytest.raises(ValueError, match=words):
+        check(model, MultiTaskData(sources[:1], sources[1:], patch_size=8), "fit")
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [

@@ -113,7 +113,8 @@ def explain(message: str) -> str:
     if re.search(r"arguments are required: \w+\.(model|data)\.", reason):
         return f"{reason}; does a --config FILE give them?"
     where = key or ", ".join(dict.fromkeys(classes))
-    return f"{where}: {reason}" if where and where not in reason else reason
+    has_key = reason.startswith(tuple(f"{group}." for group in _GROUPS))
+    return f"{where}: {reason}" if where and where not in reason and not has_key else reason
 
 
 def check_yaml(files: Iterable[str]) -> None:
