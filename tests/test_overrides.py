@@ -12,7 +12,7 @@ from indiclip.loading.mixing import Mix
 from indiclip.loading.overrides import SourceOverride, overridden
 from indiclip.loading.source import Source
 from indiclip.loading.stages import Stage
-from indiclip.loading.teacher_cache import TeacherCache
+from indiclip.loading.teacher_options import TeacherCache
 from indiclip.loading.views import View
 
 FLIP, GREY = v2.RandomHorizontalFlip(), v2.RandomGrayscale()

@@ -13,7 +13,7 @@ from indiclip.generated.mela import Mela
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.loading.overrides import SourceOverride
 from indiclip.loading.source import Source
-from indiclip.loading.teacher_cache import MakeTeachers, TeacherCache
+from indiclip.loading.teacher_options import MakeTeachers, TeacherCache
 from indiclip.training.cli import run
 from indiclip.training.teachers import place_caches
 

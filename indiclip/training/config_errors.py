@@ -112,7 +112,8 @@ def explain(message: str) -> str:
         return f"{key}: {missing[0]}" + re.sub("'(.*)'", lambda near: repr(old_names.translated(near[1])), hint)
     if re.search(r"arguments are required: \w+\.(model|data)\.", reason):
         return f"{reason}; does a --config FILE give them?"
-    where = key or ", ".join(dict.fromkeys(classes))
+    names_its_key = re.match(r"(data|model|trainer|heads)\b[.:\[]", reason)
+    where = key or ("" if names_its_key else ", ".join(dict.fromkeys(classes)))
     return f"{where}: {reason}" if where and where not in reason else reason
 
 
