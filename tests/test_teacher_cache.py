@@ -336,7 +336,7 @@ def test_a_killed_command_goes_on_and_other_words_are_refused(files, tmp_path, c
         {"class_path": "torchvision.transforms.v2.RandomResizedCrop", "init_args": {"size": [16, 16]}}
     ]
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(tree))
-    words = ["embed", "data.train[0]", "--config", str(tmp_path / "x.yaml"), "--views", "2", "--dtype", "fp16"]
+    words = ["embed", "data.train[0]", "--config", str(tmp_path / "x.yaml"), "--views", "2"]
     words += ["--part_size", "5", "--device", "cpu"]
     models = [word for file in files for word in ("--model", file)]
 
@@ -365,6 +365,17 @@ def test_a_killed_command_goes_on_and_other_words_are_refused(files, tmp_path, c
     for file in sorted((tmp_path / "whole").glob("teachers*")):
         assert file.read_bytes() == (tmp_path / "killed" / file.name).read_bytes(), file.name
     assert not list((tmp_path / "killed").glob(".*.part"))
+    part = tmp_path / "whole" / "teachers-00001.safetensors"
+    part.write_bytes(part.read_bytes()[:-2000])
+    assert main([*words, *models, "--out", str(tmp_path / "whole")]) == 0
+    said = capsys.readouterr()
+    assert re.search(f"{part}: found [\\d,]+ bytes; expected [\\d,]+ bytes; it is made anew", said.err)
+    assert "going on: 2 of 3 parts are there" in said.out
+    assert part.read_bytes() == (tmp_path / "killed" / part.name).read_bytes()
+    assert main([*words, *models, "--out", str(tmp_path / "x.yaml")]) == 2
+    assert "x.yaml: a file is in the way; expected a folder" in capsys.readouterr().err
+    assert main([*words, *models, "--dtype", "fp32", "--out", str(tmp_path / "whole")]) == 2
+    assert "--dtype: found fp32; expected fp16 or int8 with --views" in capsys.readouterr().err
     assert main([*words, "--model", files[1], "--model", files[0], "--out", str(tmp_path / "whole")]) == 2
     assert "holds embeddings of another teacher" in capsys.readouterr().err
     assert main([*words, *models, "--views", "3", "--out", str(tmp_path / "whole")]) == 2

@@ -59,7 +59,6 @@ class CachedViews:
             raise self._damaged(error) from error
         if not self.record["done"]:
             raise ValueError(f"{self._key}.folder: {self.folder} is not complete; the same `indiclip embed` goes on")
-        self._check_sizes()
         self._first = self._place_of(dataset)
         if lines := [line for _, line in differences(self.record["augmentation"], transform.describe())]:
             raise ValueError(
@@ -71,6 +70,7 @@ class CachedViews:
         self._parts: OrderedDict[int, Part] = OrderedDict()
         self._compared: set[int] = set()  # parts that were opened before
         self._same_pixels, self._warned = cache.same_pixels, False
+        self._check_sizes()
         self._check_some(dataset, transform)
 
     @property
