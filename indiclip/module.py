@@ -69,6 +69,7 @@ class MultiTask(L.LightningModule):
 
     Attributes:
         frozen: Paths of what is not trained, of `freeze` and of what no head uses.
+        starts: Head -> the step in which it begins, once the run's length is known.
 
     Raises:
         ValueError: No head, the same head twice, a rate below 0, or a part that is not there.
@@ -121,7 +122,7 @@ class MultiTask(L.LightningModule):
         # Of this step, for callbacks: each head's part of the total, and its losses as they are logged.
         self.head_losses: dict[str, Tensor] = {}
         self.head_terms: dict[str, list[Tensor]] = {}
-        self._starts: dict[str, int] = {}  # head -> the step in which it begins, once the run's length is known
+        self.starts: dict[str, int] = {}
         self._idle_tasks: frozenset[str] = frozenset()  # which have no batch in this step
         self._begun: set[str] = set()  # not by their steps alone, which are others in a longer or shorter run
         # Of this step, by callbacks: 1 where the optimizer is made to do nothing, else 0; a scalar on the device.
@@ -181,10 +182,10 @@ class MultiTask(L.LightningModule):
     def active_heads(self) -> list[Head]:
         """Those that take part in this step: which have begun, see `Head.start`, and whose task has a batch."""
         heads = [head for head in self.each_head() if head.task not in self._idle_tasks]
-        if not any(self._starts.values()):
+        if not any(self.starts.values()):
             return heads
         step = batches_done(self.trainer)
-        return [head for head in heads if step >= self._starts.get(head.name, 0)]
+        return [head for head in heads if step >= self.starts.get(head.name, 0)]
 
     def on_train_batch_start(self, batches: Batches, *_: Any) -> None:
         self._idle_tasks = getattr(batches, "idle_tasks", frozenset())  # here, as DDP makes a plain copy on its way
@@ -352,9 +353,9 @@ class MultiTask(L.LightningModule):
         if steps == float("inf"):
             raise ValueError("trainer.max_steps: the learning rate's schedule needs it (or trainer.max_epochs)")
         self._num_steps = int(steps)
-        self._starts = start_steps(self.each_head(), self._num_steps)
+        self.starts = start_steps(self.each_head(), self._num_steps)
         if self.warmup_steps >= steps:
-            warnings.warn(f"model.warmup_steps: {self.warmup_steps} is more than the run's {steps} steps", stacklevel=2)
+            warnings.warn(f"model.warmup_steps: found {self.warmup_steps} of {int(steps)} steps in all", stacklevel=2)
         groups = parameter_groups(self, self.lr_scale, self.layer_decay)
         try:
             optimizer = self.optimizer(groups)

@@ -125,7 +125,10 @@ def check_weights(saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:
         return
     heads, own_heads = (sorted({n.split(".")[1] for n in names if n.startswith("heads.")}) for names in (saved, own))
     if heads != own_heads:
-        raise ValueError(f"--ckpt_path: found the heads {', '.join(heads)}; the config has {', '.join(own_heads)}")
+        raise ValueError(
+            f"--ckpt_path: found the heads {', '.join(heads)}; the config has {', '.join(own_heads)}; a run goes on "
+            "with its own, and a new one may begin with its encoder (model.encoder.init_from)"
+        )
     raise ValueError(
         f"--ckpt_path: {len(apart)} tensors are not those of the config's model, such as {apart[0]}: "
         f"found shape {shapes.get(apart[0], 'missing')}, expected {own_shapes.get(apart[0], 'missing')}"

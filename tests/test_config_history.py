@@ -95,6 +95,16 @@ def test_another_training_step_is_refused_without_override(changes, flags, key, 
     assert {name: (folder / FOLDER / name).read_bytes() for name in before} == before
 
 
+def test_another_head_is_refused_without_advice_that_does_not_help(folder, capsys):
+    """As weights of a head that is not in the checkpoint would be."""
+    tree = config(trainer__max_steps=3)
+    tree["model"]["heads"].append({"class_path": "heads.counting.Counting", "init_args": {"task": "contrastive"}})
+    assert going_on(folder, tree) == 2
+    error = capsys.readouterr().err
+    assert "a new one may begin with its encoder (model.encoder.init_from)" in error
+    assert "--override" not in error
+
+
 def test_with_override_it_trains_on(folder):
     longer = config(trainer__max_steps=3, data__train__0__batch_size=3)
     assert going_on(folder, longer, "--override", "true") == 0

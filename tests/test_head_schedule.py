@@ -19,7 +19,7 @@ def test_idle_is_what_a_step_gives_no_gradient(task_weights):
     """Oracle: autograd. DDP waits for a gradient of everything else: of the text tower too, which not all heads use."""
     module = OneStep(task_weights=task_weights)
     late = [head.name for head in module.each_head() if head.embeds_text or head.reads_text]
-    module._starts = dict.fromkeys(late, 8)  # the step is 7
+    module.starts = dict.fromkeys(late, 8)  # the step is 7
     module.training_step(batches_of(), 0).backward()
     without = {name for name, p in module.named_parameters() if p.requires_grad and p.grad is None}
     idle = {id(parameter) for parameter in module._idle_parameters()}

@@ -108,6 +108,8 @@ def test_what_cannot_be_averaged_is_one_line(runs, tmp_path, capsys):
     for words, message in {
         (runs["a"], runs["wide"]): "encoder.image_projection.weight: found shape (48, 32); expected shape (32, 32) as",
         (runs["a"], runs["a"]): "stands there more than once",
+        (runs["a"], f"{runs['a']}/"): "expected each checkpoint once",
+        (runs["a"], f"{runs['a']}/checkpoints/last.ckpt"): "expected each checkpoint once",
         (runs["a"], str(tmp_path / "none")): "no such run or checkpoint",
         (runs["a"], runs["b"], "--greedy"): "--greedy and --monitor METRIC go together",
     }.items():

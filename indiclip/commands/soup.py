@@ -72,14 +72,18 @@ class Ingredients:
             raise ValueError(f"{repeated[0]}: stands there more than once")
         self.said: dict[str, str] = {}
         self._first, self._weights = first, weights
+        self._sources: dict[Path, str] = {}
 
     def __getitem__(self, source: str) -> Tensors:
         """Of a source.
 
         Raises:
-            ValueError: They are of another architecture, or not finite.
+            ValueError: They are of another architecture, not finite, or those of another source.
         """
         found = read_checkpoint(source, self._weights)
+        file = found.file.resolve()
+        if (other := self._sources.setdefault(file, source)) != source:
+            raise ValueError(f"{source}: is {file}, as {other} is; expected each checkpoint once")
         check_same(self._first, found)
         tensors: Tensors = found.checkpoint["state_dict"]
         check_tensors(tensors, str(found.file))
@@ -187,7 +191,7 @@ def _scorer(first: Chosen, config: list[str] | None, monitor: str, sign: int) ->
 def _metric(metrics: Mapping[str, Tensor], monitor: str) -> float:
     if monitor not in metrics:
         hint = did_you_mean(monitor, metrics)
-        raise ValueError(f"--monitor: no metric {monitor!r}{hint}; there are {', '.join(sorted(metrics))}")
+        raise ValueError(f"--monitor: no metric {monitor!r}{hint}; there are {', '.join(sorted(metrics)) or 'none'}")
     return float(metrics[monitor])
 
 

@@ -56,7 +56,22 @@ def check_shared(group: Sequence[Source]) -> None:
     }
     for name, values in options.items():
         if any(value != values[0] for value in values):
-            raise ValueError(f"data: the sources of task {group[0].task!r} differ in {name}; they share their batches")
+            other = next(value for value in values if value != values[0])
+            raise ValueError(
+                f"data: the sources of task {group[0].task!r} differ in {name}, such as {_told(values[0])} and "
+                f"{_told(other)}; they share their batches"
+            )
+
+
+def _told(value: Any) -> str:
+    """What a source wants: of batches in the words of its options."""
+    if not isinstance(value, list):
+        return str(value)
+    words = []
+    for end, of in value:
+        size = f"{of.samples} samples" if of.tokens is None else f"{of.tokens} tokens, {of.max_tokens} an image"
+        words.append(f"{size} until {end:g}" if math.isfinite(end) else size)
+    return " then ".join(words)
 
 
 def check_divides(source: Source, spec: BatchSpec, world_size: int) -> None:

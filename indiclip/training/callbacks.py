@@ -57,10 +57,12 @@ class StartupTable(Callback):
             emulated = "" if device.type == "cuda" else ", emulated: the same numbers, more slowly"
             console.print(f"float8, {pl_module.float8}: {number} linear layers of the towers{emulated}", soft_wrap=True)
         shown = "none (fast_dev_run)" if trainer.fast_dev_run else folder  # type: ignore[attr-defined]
+        steps = f"steps {trainer.max_steps}" if trainer.max_steps > 0 else f"epochs {trainer.max_epochs}"
         threads = f"   threads {torch.get_num_threads()}" if device.type == "cpu" else ""
         console.print(
             f"run folder [bold]{shown}[/]   {trainer.world_size} x {device.type}{threads}   precision "
-            f"{trainer.precision}   steps {trainer.max_steps if trainer.max_steps > 0 else trainer.max_epochs}"
+            f"{trainer.precision}   {steps}",
+            soft_wrap=True,
         )
         for line in said_of(data):
             console.print(line, markup=False, soft_wrap=True)
@@ -98,13 +100,19 @@ def _batch_sizes(source: Source) -> str:
 def _parts_table(module: MultiTask) -> Table:
     encoder = module.encoder
     parts = [("encoder", encoder, "", ""), ("- backbone", encoder.backbone, "", ""), ("- text", encoder.text, "", "")]
-    parts += [(f"head: {head.name}", head, head.task, f"{head.weight:g}") for head in module.each_head()]
+    for head in module.each_head():
+        late = f" from step {start}" if (start := module.starts.get(head.name)) else ""
+        parts.append((head.name, head, head.task, f"{head.weight:g}{late}"))
     partly = _sizes(module)[1] != "all"
     columns = ("parameters", "trained") if partly else ("parameters",)
     table = Table("part", "class", *columns, "task", "weight", title="Model", title_justify="left")
     for name, part, task, weight in parts:
         sizes = _sizes(part)
         table.add_row(name, type(part).__name__, *(sizes if partly else sizes[:1]), task, weight)
+        if part is encoder.text:
+            table.add_section()
+    for column in table.columns:
+        column.overflow = "fold"  # in a narrow terminal, where the end of a name would be cut off
     return table
 
 

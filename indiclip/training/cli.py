@@ -103,7 +103,7 @@ class IndiCLI(LightningCLI):
         parser.add_argument("--name", type=str, default="", help="Name of the run's folder (default: the config's).")
         parser.add_argument("--runs", type=str, default="runs", help="Folder of all runs.")
         parser.add_argument(
-            "--override", type=bool, default=False, help="Go on from --ckpt_path with other data, seed or heads."
+            "--override", type=bool, default=False, help="Go on from --ckpt_path with other data, seed or losses."
         )
         if sys.argv[1:2] == ["predict"]:
             help_text = "Write pictures of so many images beside the predictions, for each head."

@@ -29,6 +29,7 @@ from indiclip.training.portable_config import PortableConfig
 _RULE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
 _DEFAULT_OPTIMIZER = {"class_path": "torch.optim.AdamW"}
 _OVERRIDE = "--override true trains on with the new ones"
+_OTHER_HEADS = "a run goes on with its own heads; a new one may begin with its encoder (model.encoder.init_from)"
 _FOUND = "train_samples"  # in a checkpoint
 _HEADER = f"# indiclip=={__version__}\n"
 
@@ -146,9 +147,11 @@ def check_changes(parser: LightningArgumentParser, config: Any) -> list[str]:
     lines = list(changes.values())
     refused = [key for key in changes if _is_under(key, _RULE["step"]) and not _is_under(key, _RULE["not_of_step"])]
     if refused and not config["override"]:
+        heads = [[head["class_path"] for head in tree["model"]["heads"]] for tree in (old, new)]
+        advice = _OVERRIDE if heads[0] == heads[1] else _OTHER_HEADS
         raise ValueError(
             f"--ckpt_path: {file} has other values of what makes up a training step ({', '.join(refused[:3])}"
-            f"{', ...' if len(refused) > 3 else ''}): {'; '.join(lines)}; {_OVERRIDE}"
+            f"{', ...' if len(refused) > 3 else ''}): {'; '.join(lines)}; {advice}"
         )
     return lines
 
