@@ -6,9 +6,9 @@
 Every arm of the grid (see `_study_grid`) is trained by `indiclip fit` for as many steps as its planner's FLOPs buy of
 the budget, forward, backward and every head counted: they are exact on a machine that others use too, where seconds
 are not. First each arm is timed for some steps and untrained weights are scored, then short runs choose each arm's
-learning rate among the same rates, by validation, and then it is trained with every seed. A run is one process with one thread. Its weights are scored
-at its end, on test data that chose nothing, and at the last step of a shorter run that it is compared with: equal FLOPs
-and equal steps are read from the same run.
+learning rate among the same rates, by validation, and then it is trained with every seed. A run is one process with one
+thread. Its weights are scored at its end, on test data that chose nothing, and at the last step of a shorter run that
+it is compared with: equal FLOPs and equal steps are read from the same run.
 
 Nothing that is done is done again: a slice ends after `--minutes`, by Ctrl-C or by SIGTERM, with a checkpoint of what
 runs, and the same command goes on. Whenever it ends it writes `study.html` and `study.md` from what is there.
