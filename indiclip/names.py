@@ -3,7 +3,7 @@
 import difflib
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -80,15 +80,53 @@ def check_whole(found: Mapping[str, Any], least: int = 1, most: int = sys.maxsiz
 
 
 def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Where two trees of plain values differ, as deep as they are of the same classes: the dotted key, and a line."""
+    """Where two trees of plain values differ, as deep as they are of the same classes: the dotted key, and a line.
+
+    An item that only one of two lists has is named as such, whatever its place: those behind it are compared with
+    their like.
+    """
     if isinstance(old, dict) and isinstance(new, dict) and old.get("class_path") == new.get("class_path"):
         for name in [*old, *(new.keys() - old.keys())]:
             yield from differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for number, pair in enumerate(zip(old, new, strict=True)):
-            yield from differences(*pair, f"{key}[{number}]")
+    elif isinstance(old, list) and isinstance(new, list):
+        yield from _items_apart(old, new, key)
     elif old != new:
-        yield key, f"{key}: {shorten(old)} -> {shorten(new)}"
+        yield key, f"{key}: {' -> '.join(_told_apart(old, new))}"
+
+
+def _items_apart(old: list[Any], new: list[Any], key: str) -> Iterator[tuple[str, str]]:
+    """Items are like each other that are equal, or of the same class at the same place among those that are not."""
+    if len(old) == len(new):
+        blocks: Sequence[tuple[str, int, int, int, int]] = [("replace", 0, len(old), 0, len(new))]
+    else:
+        was, now = ([repr(item) for item in items] for items in (old, new))
+        blocks = difflib.SequenceMatcher(None, was, now, False).get_opcodes()
+    for kind, first, last, other, end in blocks:
+        if kind == "equal":
+            continue
+        both = min(last - first, end - other)
+        for number in range(both):
+            place = f"{key}[{first + number}]"
+            yield from differences(old[first + number], new[other + number], place)
+        for number in range(first + both, last):
+            yield f"{key}[{number}]", f"{key}[{number}]: {_named(old[number])} -> none"
+        for number in range(other + both, end):
+            yield f"{key}[{number}]", f"{key}[{number}]: none -> {_named(new[number])}"
+
+
+def _told_apart(old: Any, new: Any) -> tuple[str, str]:
+    """Two values, cut to where they differ if they begin alike."""
+    if (was := _named(old)) != (now := _named(new)):
+        return was, now
+    texts = repr(old), repr(new)
+    apart = next((i for i, (one, other) in enumerate(zip(*texts, strict=False)) if one != other), min(map(len, texts)))
+    was, now = (f"...{text[max(apart - 20, 0) :][:57]}" for text in texts)
+    return was, now
+
+
+def _named(item: Any) -> str:
+    """An item of a list: a class by its whole name, which tells two of them apart."""
+    return str(item["class_path"]) if isinstance(item, dict) and "class_path" in item else shorten(item)
 
 
 def plain(text: str) -> str:

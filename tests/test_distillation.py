@@ -267,6 +267,4 @@ def test_a_head_without_its_data_is_one_line(tmp_path, capsys):
     without = tree()
     del without["data"]["overrides"]
     assert fit(tmp_path, without) == 2
-    assert "data.train[0]: distillation needs teacher_image, which the samples of Mela do not have" in (
-        capsys.readouterr().err
-    )
+    assert "data.train[0].teachers: found none, and heads.distillation reads them" in capsys.readouterr().err

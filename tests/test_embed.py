@@ -680,7 +680,7 @@ def test_other_words_are_not_mixed_in(encoder, photos, tmp_path, capsys):
         (encoder, [photos, *WORDS, "--length", 16], "was begun with other options: length: 64 -> 16; --overwrite"),
         (encoder, [photos, *WORDS[:-1], "fp16"], "dtype: 'int8' -> 'fp16'"),
         (encoder, [photos, *WORDS, "--view", "64-square"], "preprocessing.name: 'native' -> '64-square'"),
-        (encoder, [photos, photos, *WORDS], "sources: [{"),
+        (encoder, [photos, photos, *WORDS], "sources[1]: none -> {"),
         (bicubic, [photos, *WORDS], "preprocessing.interpolation: 'bilinear' -> 'bicubic'"),
         (encoder, [fewer, *WORDS], "sources[0].samples: 23 -> 1"),
         (other, [photos, *WORDS], f"holds embeddings of other weights: {encoder.file} -> {other.file}; --overwrite"),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from indiclip.names import check_range, did_you_mean, nearest_beside
+from indiclip.names import check_range, did_you_mean, differences, nearest_beside
 
 
 def test_the_nearest_name():
@@ -47,3 +47,24 @@ def test_of_files_only_their_own_names_count_and_hidden_ones_do_not(tmp_path):
     assert nearest_beside(tmp_path / "train-0001.tar") == "; nearest is 'train-0000.tar'"
     assert nearest_beside(tmp_path / "train-0001.tar", "*.csv") == ""
     assert nearest_beside(tmp_path / "gone" / "x.tar") == ""
+
+
+CROP = {"class_path": "torchvision.transforms.v2.RandomResizedCrop", "size": 16}
+ERASING = {"class_path": "torchvision.transforms.v2.RandomErasing", "p": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "lines"),
+    [
+        ([CROP], [CROP, ERASING], ["x[1]: none -> torchvision.transforms.v2.RandomErasing"]),
+        ([CROP], [ERASING, CROP], ["x[0]: none -> torchvision.transforms.v2.RandomErasing"]),
+        ([CROP, ERASING], [ERASING], ["x[0]: torchvision.transforms.v2.RandomResizedCrop -> none"]),
+        ([CROP], [CROP | {"size": 8}, ERASING], ["x[0].size: 16 -> 8", f"x[1]: none -> {ERASING['class_path']}"]),
+        ([CROP], [ERASING], [f"x[0]: {CROP['class_path']} -> {ERASING['class_path']}"]),
+        ([0.9], [0.9, 0.95], ["x[1]: none -> 0.95"]),
+        ([], [CROP], [f"x[0]: none -> {CROP['class_path']}"]),
+        ("a" * 90, "a" * 90 + "b", [f"x: ...{'a' * 20}' -> ...{'a' * 20}b'"]),
+    ],
+)
+def test_what_one_of_two_lists_has_more_is_named(old, new, lines):
+    assert [line for _, line in differences(old, new, "x")] == lines

@@ -12,8 +12,9 @@ from indiclip.loading.mixing import Mix
 from indiclip.loading.overrides import SourceOverride, overridden
 from indiclip.loading.source import Source
 from indiclip.loading.stages import Stage
-from indiclip.loading.teacher_cache import TeacherCache
+from indiclip.loading.teacher_options import TeacherCache
 from indiclip.loading.views import View
+from indiclip.training.config_errors import one_line
 
 FLIP, GREY = v2.RandomHorizontalFlip(), v2.RandomGrayscale()
 # Two values of each option that takes the place of the source's own.
@@ -68,11 +69,37 @@ def test_two_that_want_an_option_differently_are_one_line(name):
     assert getattr(overridden([source()], overrides[:1] * 2)[0], name) == APART[name][0]
 
 
-def stacked(*methods):
-    words = ["--config", "conf/quickstart.yaml"]
-    for name in methods:
-        words += ["--config", f"methods/{name}"]
-    return build_config(words)[1].train[0]
+def stacked(*methods, words=()):
+    files = ["conf/quickstart.yaml", *(f"methods/{name}" for name in methods)]
+    return build_config([*(word for file in files for word in ("--config", file)), *words])[1].train[0]
+
+
+def test_a_folder_of_teachers_that_is_named_must_be_there(tmp_path):
+    """A page's `make` does not make it; that of its own folder, it may."""
+    words = ["--config", "conf/quickstart.yaml", "--config", "methods/distillation", "--data.overrides.teachers"]
+    cache = build_config([*words, f"{{folder: {tmp_path / 'cach'}}}"])[1].train[0].teachers
+    (tmp_path / "cache").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"x.teachers.folder: .* is no folder; nearest is 'cache'; expected"):
+        cache.check_folder("x")
+    assert build_config([*words[:-1]])[1].train[0].teachers.folder is None
+    cache = build_config([*words[:-1], "--data.overrides.teachers.make.folder", str(tmp_path / "new")])
+    cache = cache[1].train[0].teachers
+    assert (cache.path, cache.make.models) == (tmp_path / "new", ["initial"])
+    cache.check_folder("x")
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"), [("english", "the code en"), ("hindi", "the code hi"), ("x", "own, or")]
+)
+def test_the_language_of_teachers_is_a_code(texts, expected):
+    with pytest.raises(ValueError, match=f"teachers.texts: found '{texts}'; expected {expected}"):
+        TeacherCache("a", texts=texts)
+
+
+def test_an_option_within_an_override_names_its_own_key():
+    with pytest.raises(ValueError, match="make.views") as found:
+        stacked("distillation", words=["--data.overrides.teachers.make.views", "0"])
+    assert one_line(found.value) == "data: teachers.make.views: found 0; expected a whole number from 1"
 
 
 @pytest.mark.parametrize("methods", [("mixup", "cutmix"), ("cutmix", "mixup")])

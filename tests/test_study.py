@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from functools import partial
@@ -23,12 +24,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 import study
 from _study_flops import count_arm
-from _study_grid import read_grid
 from _study_page import write_study
 from _study_prepare import Prepared
+from _study_read import read_grid
 from _study_results import Results
 from _study_runs import common_step
-from _study_scores import check_scores
 from _study_slice import Slice, Task
 
 ROOT = Path(__file__).parents[1]
@@ -109,7 +109,7 @@ def test_a_stopped_study_goes_on_and_what_is_done_is_not_repeated(done, capsys):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     assert study.main([str(file), "--runs", str(folder.parent)]) == 0
     changed = {path.name for path, time_ns in before.items() if path.stat().st_mtime_ns != time_ns}
-    assert changed == {"study.html", "study.md"}
+    assert changed == {"study.html", "study.md", ".lock"}
     assert "0 runs are left: about 0.00 CPU-hours" in capsys.readouterr().out
 
 
@@ -208,7 +208,7 @@ def test_the_best_rate_is_chosen_for_each_arm_and_never_one_that_diverged(done, 
         place, value = tried.place(run), values[run.arm][rates.index(run.lr)]
         place.begin(of)
         place.folder.mkdir()
-        (place.folder / "metrics.json").write_text(json.dumps({"metrics": {of.metric: value}}))
+        (place.folder / "metrics.json").write_text(json.dumps({"metrics": {of.select.metric: value}}))
         place.file("log").write_text("indiclip: step 13: the loss was not finite in 11 steps in a row")
         assert place.end(0 if value != "diverged" else 1) == ""
     assert (tried.rate("plain"), tried.rate("wide")) == (4e-3, 1e-3)
@@ -220,6 +220,33 @@ def test_the_best_rate_is_chosen_for_each_arm_and_never_one_that_diverged(done, 
     place.folder.joinpath("metrics.json").write_text(json.dumps({"metrics": {"val/contrastive/zero_shot_16": 0.1}}))
     with pytest.raises(ValueError, match=r"select.metric: found 'val/contrastive/zero_shot'; nearest is"):
         tried.rate("wide")
+
+
+@pytest.mark.slow
+def test_names_that_no_run_gives_are_told_before_rates_are_tried(done, capsys):
+    """Validation of the timed runs and the scores of untrained weights say which there are."""
+    file, folder, _ = done
+    for key, said in {
+        "select": "select.metric: found 'val/contrastive/zeroshot'; nearest is 'val/contrastive/zero_shot'",
+        "main": "main[0]: found 'scenes/zero_shot@64'; nearest is 'scenes/zero_shot@",
+    }.items():
+        changes = {"select": {"metric": "val/contrastive/zeroshot"}, "main": ["scenes/zero_shot@64"]}
+        of = grid(file.parent, "names", **{key: changes[key]}, learning_rates=None)
+        shutil.copytree(folder, folder.with_name("names"), ignore=shutil.ignore_patterns("seed-*"), dirs_exist_ok=True)
+        assert study.main([str(of), "--runs", str(folder.parent)]) == 2
+        assert f"{of}: {said}" in capsys.readouterr().err
+    assert not [*folder.with_name("names").glob("*/seed-*")]
+
+
+@pytest.mark.slow
+def test_scores_that_fail_are_told_before_anything_is_trained(done, capfd):
+    file, folder, _ = done
+    spec = yaml.safe_load(file.read_text())["scores"]["boxes"] | {"metrics": {"ap5": "higher"}}
+    of = grid(file.parent, "scores", scores={"boxes": spec}, main=["boxes/ap5"])
+    shutil.copytree(folder, folder.with_name("scores"), ignore=shutil.ignore_patterns("seed-*"))
+    assert study.main([str(of), "--runs", str(folder.parent)]) == 1
+    assert "ended with 1: ValueError: scores.boxes.metrics: found 'ap5'; nearest is 'ap75'" in capfd.readouterr().err
+    assert not [*folder.with_name("scores").glob("*/seed-*")]
 
 
 @pytest.mark.slow
@@ -257,35 +284,122 @@ def test_a_head_that_begins_late_is_counted_from_there_on(tmp_path):
     assert late.flops_until(4.5) == pytest.approx(0.45 * one)
 
 
-def test_wrong_grids_are_told_in_one_line(tmp_path, capsys):
-    wrong = {
-        "arms.ema[0]: no file methods/emma.yaml; nearest is 'methods/ema'": {"arms": {"ema": ["methods/emma.yaml"]}},
-        "control: found 'plane'; nearest is 'plain'": {"control": "plane"},
-        "seed: no such key; nearest is 'seeds'": {"seed": [1]},
-        "budget.flops: found the text '1e14'": {"budget": {"flops": "1e14"}},
-        "learning_rates[0]: found the text '1e-3'": {"learning_rates": ["1e-3"]},
-        "arms.plain[0]: found the flag '--model.lr'": {"arms": {"plain": ["--model.lr"]}},
-        "scores.x.gallery: found nothing; expected what knn": {
-            "scores": {"x": {"dataset": mela(1), "protocols": ["knn"]}}
-        },
-        "scores.x.protocols: found 'kn'; nearest is 'knn'": {
-            "scores": {"x": {"dataset": mela(1), "protocols": ["kn"]}}
-        },
-        "scores: found nothing": {"scores": None},
-        "seeds_of.plain: found [2]; expected some of seeds, [0, 1]": {"seeds_of": {"plain": [2]}},
-        "screening: found 'warm'; nearest is 'warmup'": {"screening": {"warm": 0.2}},
-        "arms.plain: budget: 1e+03 FLOPs; one step takes": {"budget": {"flops": 1000}},
+def scores(**changes):
+    return {"scores": {"x": {"dataset": mela(1), "protocols": ["zero_shot"]} | changes}}
+
+
+def probe(**changes):
+    return {
+        "scores": {
+            "x": {"dataset": mela(1), "train": mela(2), "head": DETECTION, "metrics": {"ap50": "higher"}} | changes
+        }
     }
-    for said, changes in wrong.items():
-        assert study.main([str(grid(tmp_path, **changes)), "--runs", str(tmp_path / "runs")]) == 2
+
+
+WRONG = {  # what is said -> keys of the grid
+    "arms.ema[0]: no file methods/emma.yaml; nearest is 'methods/ema'": {"arms": {"ema": ["methods/emma.yaml"]}},
+    "arms: found ['plain']; expected keys with values": {"arms": ["plain"]},
+    "arms.plain: found nothing; expected a list": {"arms": {"plain": None}},
+    "arms: found 1; expected text as the key": {"arms": {1: []}},
+    "arms.plain[0]: found the flag '--model.lr'": {"arms": {"plain": ["--model.lr"]}},
+    "arms.plain[0]: found '--trainer.max_steps=9'; expected no --trainer.max_steps": {
+        "arms": {"plain": ["--trainer.max_steps=9"]}
+    },
+    "base[1]: found '--model.lr=1e-3'; expected no --model.lr": {
+        "base": ["base.yaml", "--model.lr=1e-3"],
+        "learning_rates": [1e-3],
+    },
+    "arms.prepared: expected letters": {"arms": {"prepared": []}},
+    "control: found 'plane'; nearest is 'plain'": {"control": "plane"},
+    "seed: no such key; nearest is 'seeds'": {"seed": [1]},
+    "title: found {'a': 1}; expected text": {"title": {"a": 1}},
+    "budget: found 4; expected keys with values": {"budget": 4},
+    "budget: expected one of": {"budget": {"steps": 4, "flops": 1e9}},
+    "budget.steps: found 2.5; expected a whole number": {"budget": {"steps": 2.5}},
+    "budget.steps: found True; expected a whole number": {"budget": {"steps": True}},
+    "budget.flops: found the text '1e14'; expected a number such as 1.5e+14": {"budget": {"flops": "1e14"}},
+    "learning_rates[0]: found the text '1e-3'": {"learning_rates": ["1e-3"]},
+    "learning_rates: found 0.001; expected a list": {"learning_rates": 1e-3},
+    "learning_rates: found 0.001 2 times; expected each once": {"learning_rates": [1e-3, 1e-3]},
+    "learning_rates[0]: found nan; expected above 0": {"learning_rates": [float("nan")]},
+    "seeds: found 3; expected a list": {"seeds": 3},
+    "seeds_of.plain: found [2]; expected some of seeds, [0, 1]": {"seeds_of": {"plain": [2]}},
+    "seeds_of.plain: found 0 2 times; expected each once": {"seeds_of": {"plain": [0, 0]}},
+    "screening.warm: no such key; nearest is 'warmup'": {"screening": {"warm": 0.2}},
+    "screening.seed: found the text 'x'; expected a whole number": {"screening": {"seed": "x"}},
+    "select: found the text 'val/x'; expected keys with values": {"select": "val/x"},
+    "select.metrik: no such key; nearest is 'metric'": {"select": {"metrik": "x"}},
+    "select.better: found 'more'; expected one of higher, lower": {"select": {"better": "more"}},
+    "points: found the text 'ten'; expected a whole number": {"points": "ten"},
+    "points: found 0; expected a whole number from 1": {"points": 0},
+    "points: found 100; expected at most the 10 steps of a run of plain": {"points": 100},
+    "prepare.x.command: found nothing": {"prepare": {"x": {"scored": True}}},
+    "prepare.x.scored: found the text 'yes'; expected true or false": {
+        "prepare": {"x": {"command": "true", "scored": "yes"}}
+    },
+    "main: found the text 'scenes/zero_shot@32'; expected a list": {"main": "scenes/zero_shot@32"},
+    "main[0]: found 'scenes/zeroshot@32'; nearest is 'scenes/zero_shot@LENGTH'": {"main": ["scenes/zeroshot@32"]},
+    "scores: found nothing": {"scores": None},
+    "scores.x: found 1; expected keys with values": {"scores": {"x": 1}},
+    "scores.x.gallery: found nothing; expected what knn": scores(protocols=["knn"]),
+    "scores.x.protocols[0]: found 'kn'; nearest is 'knn'": scores(protocols=["kn"]),
+    "scores.x.dataset: module 'indiclip.generated.mela' has no attribute 'Mella'; nearest is 'Mela'": scores(
+        dataset={"class_path": "indiclip.generated.mela.Mella"}
+    ),
+    "scores.x.dataset.num_scene: indiclip.generated.mela.Mela has no such option": scores(dataset=mela(1, num_scene=3)),
+    "scores.x.dataset: kinds": scores(dataset=mela(1, kinds=["diyya"])),
+    "scores.x.max_tokens: found 0; expected a whole number from 1": scores(max_tokens=0),
+    "scores.x.batch_size: found nothing; expected a whole number": scores(batch_size=None),
+    "scores.x.templates: found []": scores(templates=[]),
+    "scores.x.templates[0]: found 'a photo'; expected {}": scores(templates=["a photo"]),
+    "scores.x.steps: found 0": probe(steps=0),
+    "scores.x.train: found nothing": probe(train=None),
+    "scores.x.metrics.ap50: found 'more'": probe(metrics={"ap50": "more"}),
+    "scores.x.head.num_class: heads.detection.Detection has no such option; nearest is 'num_classes'": probe(
+        head={"class_path": "heads.detection.Detection", "init_args": {"num_class": 3}}
+    ),
+    "arms.plain: budget: 1e+03 FLOPs; one step takes": {"budget": {"flops": 1000}},
+}
+
+
+@pytest.mark.parametrize("said", WRONG)
+def test_wrong_grids_are_told_in_one_line(said, tmp_path, capsys):
+    changes = WRONG[said]
+    if changes and "scores" in changes:
+        changes = {"main": []} | changes
+    assert study.main([str(grid(tmp_path, **changes)), "--runs", str(tmp_path / "runs")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"study: {tmp_path}/tiny.yaml: {said}"), line
+
+
+def test_a_study_that_another_process_works_on_is_refused(tmp_path, capsys):
+    """A second study beside it is not."""
+    of, other = grid(tmp_path), grid(tmp_path, "other", control="wide", arms={"wide": ["--model.none=1"]})
+    (folder := tmp_path / "runs" / "tiny").mkdir(parents=True)
+    code = "import sys; from indiclip.training import run_folder as r; r.lock(r.Path(sys.argv[1])); print(); input()"
+    command = [sys.executable, "-c", code, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        assert study.main([str(of), "--runs", str(tmp_path / "runs")]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"study: {tmp_path}/tiny.yaml: {said}"), line
+        assert line.startswith(f"study: {folder}: another process (pid {process.pid} on ")
+        assert study.main([str(other), "--runs", str(tmp_path / "runs")]) == 2
+        assert "arms.wide: " in capsys.readouterr().err
+        process.communicate("\n")
+
+
+@pytest.mark.parametrize(
+    "words", [["--jobs", "0"], ["--jobs", "1.5"], ["--minutes", "-1"], ["--minutes", "nan"], ["--runs", __file__]]
+)
+def test_wrong_options_are_told_where_they_are_read(words, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        study.main([str(tmp_path / "no.yaml"), *words])
+    assert f"argument {words[0]}: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "conf" / "study").glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_shipped_grid_can_be_read_and_says_its_command(file):
     of = read_grid(file)
-    check_scores(of)
     assert len(of.arms) > 1
     assert f"python tools/study.py conf/study/{file.name}" in file.read_text().partition("\ntitle:")[0]
 
@@ -295,7 +409,7 @@ def test_every_page_of_a_method_is_an_arm_of_a_grid():
     `augreg_none` changes nothing, and is the control."""
     measured = {"augreg_none"}
     for of in map(read_grid, (ROOT / "conf" / "study").glob("*.yaml")):
-        measured |= {*of.arms, *(of.reversed or {}).values()}
+        measured |= {*of.arms, *of.reversed.values()}
         measured |= {Path(word).stem for words in of.arms.values() for word in words if "/methods/" in word}
     assert {page.stem for page in (ROOT / "conf" / "methods").glob("*.yaml")} <= measured
 

@@ -28,8 +28,10 @@ from indiclip.generated.mela import Mela
 from indiclip.images import UnreadableSample
 from indiclip.loading.source import Source
 from indiclip.loading.steps import Steps
-from indiclip.loading.teacher_cache import CachedViews, TeacherCache
+from indiclip.loading.teacher_cache import CachedViews
+from indiclip.loading.teacher_options import TeacherCache
 from indiclip.loading.teacher_parts import Part, part_file
+from indiclip.loading.teacher_record import digest_of
 from indiclip.loading.workers import explain
 from indiclip.preprocessing import Preprocessing
 from indiclip.text import TextTower
@@ -256,7 +258,8 @@ def test_what_does_not_fit_is_refused(cache, tmp_path):
     refused("is not the one that the teachers were given", dataset=repainted())
     refused("is of other captions: .* has '(another|दूसरा)'", dataset=renamed())
     refused("is not complete; the same `indiclip embed` goes on", changed(tmp_path / "part", cache, done=False))
-    refused("holds no teachers.json", tmp_path / "nothing", FileNotFoundError)
+    refused("is no folder; nearest is 'part'; expected", tmp_path / "parts", FileNotFoundError)
+    refused("holds no teachers.json; expected", tmp_path, FileNotFoundError)
     of = source(cache)
     views = CachedViews(of.teachers, of.dataset, of.transform, "data.train[0]")
     with pytest.raises(ValueError, match="is of other samples: 'x' is not at its place there"):
@@ -333,7 +336,7 @@ def test_a_killed_command_goes_on_and_other_words_are_refused(files, tmp_path, c
         {"class_path": "torchvision.transforms.v2.RandomResizedCrop", "init_args": {"size": [16, 16]}}
     ]
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(tree))
-    words = ["embed", "data.train[0]", "--config", str(tmp_path / "x.yaml"), "--views", "2", "--dtype", "fp16"]
+    words = ["embed", "data.train[0]", "--config", str(tmp_path / "x.yaml"), "--views", "2"]
     words += ["--part_size", "5", "--device", "cpu"]
     models = [word for file in files for word in ("--model", file)]
 
@@ -362,6 +365,17 @@ def test_a_killed_command_goes_on_and_other_words_are_refused(files, tmp_path, c
     for file in sorted((tmp_path / "whole").glob("teachers*")):
         assert file.read_bytes() == (tmp_path / "killed" / file.name).read_bytes(), file.name
     assert not list((tmp_path / "killed").glob(".*.part"))
+    part = tmp_path / "whole" / "teachers-00001.safetensors"
+    part.write_bytes(part.read_bytes()[:-2000])
+    assert main([*words, *models, "--out", str(tmp_path / "whole")]) == 0
+    said = capsys.readouterr()
+    assert re.search(f"{part}: found [\\d,]+ bytes; expected [\\d,]+ bytes; it is made anew", said.err)
+    assert "going on: 2 of 3 parts are there" in said.out
+    assert part.read_bytes() == (tmp_path / "killed" / part.name).read_bytes()
+    assert main([*words, *models, "--out", str(tmp_path / "x.yaml")]) == 2
+    assert "x.yaml: a file is in the way; expected a folder" in capsys.readouterr().err
+    assert main([*words, *models, "--dtype", "fp32", "--out", str(tmp_path / "whole")]) == 2
+    assert "--dtype: found fp32; expected fp16 or int8 with --views" in capsys.readouterr().err
     assert main([*words, "--model", files[1], "--model", files[0], "--out", str(tmp_path / "whole")]) == 2
     assert "holds embeddings of another teacher" in capsys.readouterr().err
     assert main([*words, *models, "--views", "3", "--out", str(tmp_path / "whole")]) == 2
@@ -383,7 +397,8 @@ def test_a_run_does_not_go_on_with_another_cache(cache, tmp_path, capsys, monkey
     assert "data.train[0]: teachers initial: 2 views of 12 samples, fp16" in out
     folder = tmp_path / "runs" / "experiment"
     record = json.loads((folder / "teachers" / "teachers.json").read_text())
-    (folder / "teachers" / "teachers.json").write_text(json.dumps(record | {"digest": "0" * 16}))
+    other = record | {"views": 1}  # as of a cache with fewer views of the same parts
+    (folder / "teachers" / "teachers.json").write_text(json.dumps(other | {"digest": digest_of(other)}))
     tree["trainer"]["max_steps"] = 3
     assert fit(tmp_path, tree, "--ckpt_path", str(folder / "checkpoints" / "last.ckpt")) == 2
     assert f"the run was begun with the cache {record['digest']}" in capsys.readouterr().err

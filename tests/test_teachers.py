@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import experiments
 import pytest
@@ -13,7 +14,7 @@ from indiclip.generated.mela import Mela
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.loading.overrides import SourceOverride
 from indiclip.loading.source import Source
-from indiclip.loading.teacher_cache import MakeTeachers, TeacherCache
+from indiclip.loading.teacher_options import MakeTeachers, TeacherCache
 from indiclip.training.cli import run
 from indiclip.training.teachers import place_caches
 
@@ -70,6 +71,39 @@ def test_what_is_soon_checked_comes_before_a_cache_is_made(tmp_path, capsys):
     said = capsys.readouterr()
     assert "data.val[0].task: no head reads 'contrastve'; nearest is 'contrastive'" in said.err
     assert "teachers: initial embed" not in said.out
+
+
+def test_a_head_without_teachers_is_told_before_a_cache_is_made(tmp_path, capsys):
+    """The cache is another task's."""
+    wrong = tree(16)
+    wrong["trainer"] |= {"devices": 1, "strategy": "auto"}
+    wrong["data"]["overrides"][0]["task"] = "other"
+    wrong["data"]["train"].append(wrong["data"]["train"][0] | {"task": "other"})
+    head = {"class_path": "heads.contrastive.Contrastive", "init_args": {"task": "other", "name": "other"}}
+    wrong["model"]["heads"].append(head)
+    assert experiments.fit(tmp_path, wrong) == 2
+    said = capsys.readouterr()
+    expected = "data.overrides with `task: contrastive` and `teachers`, or .* runs beside, heads.distillation.teacher"
+    assert re.search(rf"data.train\[0\].teachers: found none, and heads.distillation .* {expected}", said.err)
+    assert "teachers: initial embed" not in said.out
+
+
+def test_a_damaged_cache_of_a_run_is_made_anew(tmp_path, capsys):
+    """Where the page says in which folder, a second run finds that of the first."""
+    found = tree(16)
+    found["trainer"] |= {"devices": 1, "strategy": "auto", "max_steps": 1}
+    found["data"]["overrides"][0]["teachers"] = {"make": TEACHERS["make"] | {"folder": str(tmp_path / "cache")}}
+    assert experiments.fit(tmp_path, found) == 0
+    part = tmp_path / "cache" / "teachers-00000.safetensors"
+    whole = part.read_bytes()
+    part.write_bytes(whole[:-100])
+    with pytest.warns(UserWarning, match=f"{part}: found .* bytes; expected .* bytes; it is made anew"):
+        assert experiments.fit(tmp_path, found) == 0
+    assert part.read_bytes() == whole
+    assert not (tmp_path / "runs" / "experiment-2" / "teachers").exists()
+    capsys.readouterr()
+    assert experiments.fit(tmp_path, found) == 0
+    assert "teachers: initial embed" not in capsys.readouterr().out
 
 
 def test_each_cache_of_a_run_has_a_folder_of_its_own(tmp_path):

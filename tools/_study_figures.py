@@ -35,7 +35,7 @@ def forest(results: Results, name: str, compared: dict[str, Compared]) -> str:
     margin = 0.15 * (max(reach) - min(reach)) or 1.0
     axes.set_xlim(min(reach) - margin, max(reach) + margin)
     axes.axvline(0, color="#999999", linewidth=0.8)
-    axes.set_yticks(range(len(arms)), [(results.grid.reversed or {}).get(arm, arm) for arm in arms], fontsize=8)
+    axes.set_yticks(range(len(arms)), [results.grid.reversed.get(arm, arm) for arm in arms], fontsize=8)
     axes.set_ylim(-0.7, max(len(arms), 1) - 0.3)
     axes.tick_params(labelsize=8)
     axes.set_title(name, fontsize=9)
@@ -54,7 +54,7 @@ def curves(results: Results, arm: str) -> str:
         for name, colour in ((grid.control, "#999999"), (arm, "#12787a")):
             counted = results.study.counted[name]
             for run in (of for of in results.places if of.run.arm == name):
-                points = curve(run, grid.metric)
+                points = curve(run, grid.select.metric)
                 x = [counted.flops_until(step) if axis == "FLOPs" else step for step, _ in points]
                 axes.plot(x, [value for _, value in points], color=colour, linewidth=1.0)
         axes.set_xlabel(axis, fontsize=7)

@@ -16,8 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from _study_grid import Grid, digest_of
-from _study_runs import begin_process, spent
+from _study_grid import PREPARED, Grid, digest_of
+from _study_runs import begin_process, how_ended, spent
 from _study_scores import Scores, score_encoder
 from _study_slice import Task
 
@@ -33,8 +33,8 @@ class Prepared:
     """
 
     def __init__(self, grid: Grid, root: Path) -> None:
-        self.grid, self.root, self.folder = grid, root, root / "prepared"
-        self.items: dict[str, dict[str, Any]] = grid.prepare or {}
+        self.grid, self.root, self.folder = grid, root, root / PREPARED
+        self.items = grid.prepare
 
     def todo(self) -> Iterator[Task]:
         """The first that is not done; nothing where all are.
@@ -44,16 +44,16 @@ class Prepared:
         """
         for name, item in self.items.items():
             state = self._state(name)
-            if state and state["command"] != item["command"]:
+            if state and state["command"] != item.command:
                 raise ValueError(
                     f"{self.grid.file}: prepare.{name}: was made by another command; remove {self.folder}, or give "
                     "another --runs"
                 )
             if not state:
-                seconds = float(item.get("cpu_seconds", 0))
-                yield Task(("prepare", name, "command"), seconds, partial(self._run, name), partial(self._ended, name))
+                ended = partial(self._ended, name)
+                yield Task(("prepare", name, "command"), item.cpu_seconds, partial(self._run, name), ended)
                 return
-            if item.get("scored") and not self.scores(name):
+            if item.scored and not self.scores(name):
                 ended = partial(self._scoring_ended, name)
                 yield Task(("prepare", name, "score"), 40.0, partial(self._score, name), ended)
                 return
@@ -66,7 +66,7 @@ class Prepared:
 
     def cpu_seconds(self) -> float:
         """That what is left takes, as the grid says."""
-        return sum(item.get("cpu_seconds", 0) for name, item in self.items.items() if not self._state(name))
+        return sum(item.cpu_seconds for name, item in self.items.items() if not self._state(name))
 
     def _state(self, name: str) -> dict[str, Any]:
         file = self.folder / f"{name}.json"
@@ -74,8 +74,8 @@ class Prepared:
 
     def _run(self, name: str) -> None:
         """In a process of its own, which another program than ours takes over; what that costs is not told."""
-        begin_process(self._log(name), self.grid.environment(self.grid.screening_seed))
-        words = shlex.split(self.items[name]["command"].replace("{folder}", str(self.folder)))
+        begin_process(self._log(name), self.grid.environment(self.grid.screening.seed))
+        words = shlex.split(self.items[name].command.replace("{folder}", str(self.folder)))
         if words[0] != "indiclip":
             os.execvp(words[0], words)
         from indiclip.cli import main
@@ -86,14 +86,14 @@ class Prepared:
 
     def _ended(self, name: str, status: int) -> str:
         if status:
-            return f"prepare.{name}: ended with {status}, see {self._log(name)}"
-        state = {"command": self.items[name]["command"]}
+            return f"prepare.{name}: {how_ended(status)}, see {self._log(name)}"
+        state = {"command": self.items[name].command}
         json_lines.write_whole(self.folder / f"{name}.json", json.dumps(state).encode())
         return ""
 
     def _score(self, name: str) -> None:
-        begin_process(self._log(name), self.grid.environment(self.grid.screening_seed))
-        scores, _ = score_encoder(self.folder / name, self.grid.scores, self.grid.screening_seed, {})
+        begin_process(self._log(name), self.grid.environment(self.grid.screening.seed))
+        scores, _ = score_encoder(self.folder / name, self.grid.specs, self.grid.screening.seed, {})
         content = {"digest": digest_of(self.grid.scores), "scores": scores}
         json_lines.write_whole(self.folder / f"{name}.scores.json", json.dumps(content).encode())
         spent(self.root, "prepare", name, "score", 1)

@@ -110,7 +110,7 @@ class Results:
         """Holm's p-values of arms; those that are only screened are a family of their own."""
         corrected: dict[str, float] = {}
         for is_screened in (False, True):
-            family = [arm for arm in differences if (arm in (self.grid.seeds_of or {})) == is_screened]
+            family = [arm for arm in differences if (arm in self.grid.seeds_of) == is_screened]
             corrected |= dict(zip(family, holm([differences[arm].p for arm in family]), strict=True))
         return corrected
 
@@ -122,7 +122,7 @@ class Results:
 
     def _signed(self, arm: str, difference: Difference) -> Difference:
         """Of an arm that leaves something out: what that something gives."""
-        if arm not in (self.grid.reversed or {}):
+        if arm not in self.grid.reversed:
             return difference
         return Difference(-difference.value, -difference.high, -difference.low, difference.p, difference.num)
 
@@ -130,9 +130,9 @@ class Results:
         """At which share of the budget in FLOPs an arm's validations are where the control's end, a mean over seeds;
         NaN where they never are.
         """
-        sign = 1.0 if self.grid.better == "higher" else -1.0
+        sign = 1.0 if self.grid.select.better == "higher" else -1.0
         validations = {
-            name: [curve(place, self.grid.metric) for place in self.places if place.run.arm == name]
+            name: [curve(place, self.grid.select.metric) for place in self.places if place.run.arm == name]
             for name in (arm, self.grid.control)
         }
         ends = [points[-1][1] for points in validations[self.grid.control] if points]
@@ -145,7 +145,7 @@ class Results:
 
     def _over_images(self, arm: str, name: str) -> Interval | None:
         """Newcombe's paired interval over the images, which all seeds share; None of folds, where they do not."""
-        if self.grid.folds or arm in (self.grid.reversed or {}):
+        if self.grid.folds or arm in self.grid.reversed:
             return None
         hits: dict[str, dict[int, np.ndarray]] = {arm: {}, self.grid.control: {}}
         for place in self.places:

@@ -27,7 +27,7 @@ import lightning as L
 import torch
 import yaml
 from _study_flops import Counted
-from _study_grid import TIMED_STEPS, TIMING, Grid, Run, digest
+from _study_grid import PREPARED, TIMED_STEPS, TIMING, Grid, Run, digest
 from bench_transfer import cpu_seconds
 
 from indiclip import json_lines
@@ -78,7 +78,7 @@ class Place:
 
     def words(self, grid: Grid) -> list[str]:
         """The command of the run, as anyone can type it."""
-        return ["fit", *grid.words(self.run.arm, self.root / "prepared"), *self.run.flags()]
+        return ["fit", *grid.words(self.run.arm, self.root / PREPARED), *self.run.flags()]
 
     def state(self) -> dict[str, Any]:
         """`digest`, and `done` or `diverged`; nothing where it has not begun."""
@@ -91,7 +91,7 @@ class Place:
             ValueError: Something else was trained here.
         """
         state = self.state()
-        if state and state["digest"] != digest(grid, self.run, self.root / "prepared"):
+        if state and state["digest"] != digest(grid, self.run, self.root / PREPARED):
             raise ValueError(
                 f"{self.folder}: was trained by other configs, budget or flags than the grid has now; remove "
                 f"{self.folder.parent}, or give another --runs"
@@ -107,7 +107,7 @@ class Place:
             {"class_path": "_study_runs.Snapshots", "init_args": {"steps": list(self.run.marks)}},
         ]
         self.file("yaml").write_text(yaml.safe_dump({"trainer": {"callbacks+": callbacks}}))
-        state = {"digest": digest(grid, self.run, self.root / "prepared")}
+        state = {"digest": digest(grid, self.run, self.root / PREPARED)}
         json_lines.write_whole(self.file("json"), json.dumps(state).encode())
 
     def end(self, status: int) -> str:
@@ -115,14 +115,22 @@ class Place:
         if status == 0:
             json_lines.write_whole(self.file("json"), json.dumps(self.state() | {"done": True}).encode())
             return ""
-        file = self.file("log")
-        log = file.read_text(errors="replace").strip().splitlines() if file.exists() else []
-        last = next((line for line in reversed(log) if line.startswith(("indiclip:", "error"))), log[-1] if log else "")
+        last = last_line(self.file("log"), "indiclip:", "error")
         if _DIVERGED in last:  # a result
             json_lines.write_whole(self.file("json"), json.dumps(self.state() | {"diverged": last}).encode())
             return ""
-        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with {status}"
-        return f"{self.folder}: {how}: {last[:300] or 'it printed nothing'}"
+        return f"{self.folder}: {how_ended(status)}: {last[:300] or 'it printed nothing'}"
+
+
+def how_ended(status: int) -> str:
+    """A process that failed."""
+    return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with {status}"
+
+
+def last_line(log: Path, *starts: str) -> str:
+    """Of what a process printed, the last that begins so, else the last."""
+    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+    return next((line for line in reversed(lines) if line.startswith(starts)), lines[-1] if lines else "")
 
 
 def train(place: Place, grid: Grid) -> None:
@@ -245,7 +253,8 @@ def planned_runs(grid: Grid, counted: dict[str, Counted]) -> dict[str, list[Run]
     for arm, steps in longest.items():
         rate = grid.learning_rates[0] if grid.learning_rates else None
         # No warm-up: a schedule may need the steps for itself.
-        runs["timing"].append(Run(arm, TIMING, grid.screening_seed, rate, TIMED_STEPS, points, warmup_steps=0))
+        runs["timing"].append(Run(arm, TIMING, grid.screening.seed, rate, TIMED_STEPS, points, warmup_steps=0))
+        check_points(grid, arm, "points", points, steps)
         if len(grid.learning_rates) > 1:
             runs["rates"] += [_trial(grid, arm, lr, steps) for lr in grid.learning_rates]
         marks = marks_of(grid, longest, arm)
@@ -255,10 +264,17 @@ def planned_runs(grid: Grid, counted: dict[str, Counted]) -> dict[str, list[Run]
 
 def _trial(grid: Grid, arm: str, lr: float, steps: int) -> Run:
     """The short run in which a rate is tried, of an arm that has so many steps."""
-    short = max(1, round(grid.share * steps))
-    warmup = grid.screening_warmup and max(1, round(grid.screening_warmup * short))
+    short = max(1, round(grid.screening.share * steps))
+    warmup = grid.screening.warmup and max(1, round(grid.screening.warmup * short))
     name = f"rate-{lr:g}"
-    return Run(arm, name, grid.screening_seed, lr, short, grid.screening_points, warmup_steps=warmup)
+    check_points(grid, arm, "screening.points", grid.screening.points, short)
+    return Run(arm, name, grid.screening.seed, lr, short, grid.screening.points, warmup_steps=warmup)
+
+
+def check_points(grid: Grid, arm: str, key: str, points: int, steps: int) -> None:
+    """Raise ValueError where a run is to have more validations than steps."""
+    if points > steps:
+        raise ValueError(f"{grid.file}: {key}: found {points}; expected at most the {steps} steps of a run of {arm}")
 
 
 def common_step(one: int, other: int) -> tuple[int, int]:

@@ -5,10 +5,10 @@
 
 Every arm of the grid (see `_study_grid`) is trained by `indiclip fit` for as many steps as its planner's FLOPs buy of
 the budget, forward, backward and every head counted: they are exact on a machine that others use too, where seconds
-are not. First each arm is timed for some steps, then short runs choose its learning rate among the same rates for every
-arm, by validation, and then it is trained with every seed. A run is one process with one thread. Its weights are scored
-at its end, on test data that chose nothing, and at the last step of a shorter run that it is compared with: equal FLOPs
-and equal steps are read from the same run.
+are not. First each arm is timed for some steps and untrained weights are scored, then short runs choose each arm's
+learning rate among the same rates, by validation, and then it is trained with every seed. A run is one process with one
+thread. Its weights are scored at its end, on test data that chose nothing, and at the last step of a shorter run that
+it is compared with: equal FLOPs and equal steps are read from the same run.
 
 Nothing that is done is done again: a slice ends after `--minutes`, by Ctrl-C or by SIGTERM, with a checkpoint of what
 runs, and the same command goes on. Whenever it ends it writes `study.html` and `study.md` from what is there.
@@ -29,16 +29,19 @@ from statistics import median
 
 import torch
 from _study_flops import Counted, count_arm
-from _study_grid import TIMING, Grid, Run, arm_content, digest_of, read_grid
+from _study_grid import PREPARED, TIMING, Grid, Run, arm_content, digest_of
 from _study_page import write_study
 from _study_prepare import Prepared
-from _study_runs import Costs, Place, metrics, planned_runs, train
-from _study_scores import check_scores, score, scored
+from _study_read import read_grid
+from _study_runs import UNTRAINED, Costs, Place, how_ended, last_line, metrics, planned_runs, train
+from _study_scores import score, scored
 from _study_slice import FORK, Slice, Task
+from jsonargparse.typing import NonNegativeFloat, PositiveInt
 
 from indiclip import json_lines
-from indiclip.names import did_you_mean
+from indiclip.names import check_choice, did_you_mean
 from indiclip.quiet import quiet_torchao
+from indiclip.training.run_folder import lock, unlock
 
 _FLOPS = 4e10  # of a core in a second, where nothing was timed yet
 
@@ -67,7 +70,7 @@ class Study:
         values = self.rates(arm)
         if len(values) < len(rates):
             return None
-        sign = 1 if self.grid.better == "higher" else -1
+        sign = 1 if self.grid.select.better == "higher" else -1
         return max(values, key=lambda rate: sign * values[rate] if math.isfinite(values[rate]) else -math.inf)
 
     def rates(self, arm: str) -> dict[float, float]:
@@ -81,7 +84,7 @@ class Study:
         return {place.run.lr or 0.0: self._validated(place) for place in done}
 
     def _validated(self, place: Place) -> float:
-        found, metric = metrics(place), self.grid.metric
+        found, metric = metrics(place), self.grid.select.metric
         if found and metric not in found:
             names = [name for name in found if name.startswith("val/")]
             raise ValueError(
@@ -102,21 +105,30 @@ class Study:
 
     def todo(self) -> Iterator[Task]:
         """What is left and can be begun now, in the order in which it is to be."""
-        costs, known = Costs(self.root), [*self.runs["reference"], *self.seeds()]
-        for place in map(self.place, known):
+        costs, untrained, seeds = Costs(self.root), self.runs["reference"], self.seeds()
+        for place in map(self.place, [*untrained, *seeds]):
             missing = {*place.run.marks} - scored(place, self.grid).keys()
             if missing and place.is_done(self.grid) and metrics(place):
                 seconds = costs.scoring() * len(missing)
                 key = (place.run.arm, place.run.name, "score")
                 yield Task(key, seconds, partial(score, place, self.grid), partial(_scoring_ended, place))
-        for place in map(self.place, [*self.runs["timing"], *self.runs["rates"], *known]):
+        for place in map(self.place, [*self.runs["timing"], *untrained, *self.runs["rates"], *seeds]):
             if not place.is_done(self.grid):
                 key = (place.run.arm, place.run.name, "train")
                 yield Task(key, self.run_seconds(place.run, costs), partial(train, place, self.grid), place.end)
 
-    def timing(self) -> list[Task]:
-        """What is left of the timing of arms."""
-        return [task for task in self.todo() if task.key[1] == TIMING]
+    def first(self, *names: str) -> list[Task]:
+        """What is left of the runs of these names."""
+        return [task for task in self.todo() if task.key[1] in names]
+
+    def check_names(self) -> None:
+        """Raise ValueError where the timed runs have no such validation, or the untrained weights no such score."""
+        for place in map(self.place, self.runs["timing"]):
+            self._validated(place)
+        (untrained,) = self.runs["reference"]
+        if found := scored(self.place(untrained), self.grid).get(untrained.steps):
+            for number, name in enumerate(self.grid.main):
+                check_choice(f"{self.grid.file}: main[{number}]", name, found)
 
     def step_seconds(self, arm: str, costs: Costs) -> float:
         """CPU-seconds of a step; of an arm that was not timed by its FLOPs, as fast as those that were."""
@@ -143,12 +155,12 @@ class Study:
 
 
 def _scoring_ended(place: Place, status: int) -> str:
-    return f"{place.folder}: scoring ended with {status}, see {place.file('log')}" if status else ""
+    return f"{place.folder}: scoring {how_ended(status)}: {last_line(place.file('log'))}" if status else ""
 
 
 def count(grid: Grid, root: Path) -> dict[str, Counted]:
     """Steps and FLOPs of each arm, counted in another process; what was counted before is read."""
-    prepared, file = root / "prepared", root / "counted.json"
+    prepared, file = root / PREPARED, root / "counted.json"
     before = json.loads(file.read_text()) if file.exists() else {}
     known = dict(before)
     with ProcessPoolExecutor(1, mp_context=FORK) as pool:
@@ -164,9 +176,8 @@ def count(grid: Grid, root: Path) -> dict[str, Counted]:
             stages = tuple((int(begin), float(flops)) for begin, flops in known[key]["stages"])
             return Counted(known[key]["steps"], known[key]["flops"], stages)
 
-        given = grid.budget.get("steps")
-        control = counted(grid.control, given and int(given), grid.budget.get("flops"))
-        flops = grid.budget.get("flops", control.flops)
+        control = counted(grid.control, grid.budget.steps, grid.budget.flops)
+        flops = grid.budget.flops or control.flops
         others = {arm: counted(arm, None, flops) for arm in grid.arms if arm != grid.control}
     if known != before:
         root.mkdir(parents=True, exist_ok=True)
@@ -208,17 +219,53 @@ def show_cost(study: Study) -> None:
     print(f"{runs} runs are left: about {seconds / 3600:.2f} CPU-hours; spent {done / 3600:.2f}", flush=True)
 
 
+def work(grid: Grid, root: Path, part: Slice, dry_run: bool) -> int:
+    """Prepare, time, choose rates, train and score, as far as the slice goes; the status of the command."""
+    prepared = Prepared(grid, root)
+    if [*prepared.todo()]:
+        seconds, others = prepared.cpu_seconds(), without_prepared(grid)
+        print(f"to prepare: {', '.join(prepared.items)}, about {seconds / 3600:.2f} CPU-hours", flush=True)
+        if dry_run:
+            grid = others
+        else:
+            if others.arms:
+                show_plan(Study(others, root))
+            part.work(prepared.todo)
+            if [*prepared.todo()]:
+                print("what is prepared is not done; the same command goes on")
+                return part.status(left=1)
+    if not grid.arms:
+        return part.status(left=0)
+    study = Study(grid, root)
+    first = partial(study.first, *([TIMING] if dry_run else [TIMING, UNTRAINED]))
+    if first():
+        show_cost(study)
+        part.work(first)
+    study.check_names()
+    show_plan(study)
+    if dry_run:
+        return part.status(left=0)
+    if any(name == UNTRAINED for _, name, _ in part.failed):
+        print("untrained weights are not scored: nothing more is trained")
+        return part.status(left=1)
+    part.work(study.todo)
+    print(write_study(study, prepared, [*part.failed.values()]))
+    runs, seconds = study.left()
+    if runs:
+        print(f"{runs} runs are left, about {seconds / 3600:.2f} CPU-hours; the same command goes on")
+    return part.status(runs)
+
+
 def main(words: list[str] | None = None) -> int:
     """Returns 0 where all is done, 1 where something failed, 2 for a wrong grid, 3 where runs are left, else 128 +
     the signal.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("grid", type=Path)
-    parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="folder of all studies")
-    parser.add_argument("--jobs", type=int, default=1, help="processes at a time, of one thread each")
-    parser.add_argument(
-        "--minutes", type=float, default=140.0, help="of this slice; what runs then has two more to save"
-    )
+    parser.add_argument("--runs", type=_folder, default=Path("runs/study"), help="folder of all studies")
+    parser.add_argument("--jobs", type=PositiveInt, default=1, help="processes at a time, of one thread each")
+    minutes = "of this slice; what runs then has two more to save"
+    parser.add_argument("--minutes", type=NonNegativeFloat, default=140.0, help=minutes)
     parser.add_argument("--dry_run", action="store_true", help="time the arms and print the plan")
     given = parser.parse_args(words)
     torch.set_num_threads(1)
@@ -226,43 +273,27 @@ def main(words: list[str] | None = None) -> int:
     import indiclip.training.cli  # noqa: F401  # for all processes, which are forked
 
     try:
-        grid = read_grid(given.grid)
-        check_scores(grid)
-        root = given.runs.resolve() / grid.name
-        part, prepared = Slice(given.jobs, given.minutes), Prepared(grid, root)
-        if [*prepared.todo()]:
-            seconds, others = prepared.cpu_seconds(), without_prepared(grid)
-            print(f"to prepare: {', '.join(prepared.items)}, about {seconds / 3600:.2f} CPU-hours", flush=True)
-            if given.dry_run:
-                grid = others
-            else:
-                if others.arms:
-                    show_plan(Study(others, root))
-                part.work(prepared.todo)
-                if [*prepared.todo()]:
-                    print("what is prepared is not done; the same command goes on")
-                    return part.status(left=1)
-        if not grid.arms:
-            return part.status(left=0)
-        study = Study(grid, root)
-        if study.timing():
-            show_cost(study)
-            part.work(study.timing)
-        show_plan(study)
-        if given.dry_run:
-            return part.status(left=0)
-        part.work(study.todo)
-        print(write_study(study, prepared, [*part.failed.values()]))
+        grid = read_grid(given.grid, build=True)
+        root = given.runs / grid.name
+        root.mkdir(parents=True, exist_ok=True)
+        lock(root)
+        return work(grid, root, Slice(given.jobs, given.minutes), given.dry_run)
     except (ValueError, FileNotFoundError) as error:
         print(f"study: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # such as of a full disk
         print(f"study: {error}; the same command goes on", file=sys.stderr)
         return 1
-    runs, seconds = study.left()
-    if runs:
-        print(f"{runs} runs are left, about {seconds / 3600:.2f} CPU-hours; the same command goes on")
-    return part.status(runs)
+    finally:
+        unlock()
+
+
+def _folder(text: str) -> Path:
+    path = Path(text).resolve()
+    for part in (path, *path.parents):
+        if part.exists() and not part.is_dir():
+            raise argparse.ArgumentTypeError(f"found {text!r}; expected a folder, and {part} is a file")
+    return path
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 from indiclip import __version__
 from indiclip.commands import embed_views
 from indiclip.commands.embed_batches import Batch, Batches, embed
-from indiclip.commands.embed_files import EmbeddingFolder, Part
+from indiclip.commands.embed_files import EmbeddingFolder, Part, make_folder
 from indiclip.commands.embed_ranks import all_or_none, launch, ranks
 from indiclip.commands.embed_sources import Sources, open_sources
 from indiclip.commands.findings import json_line
@@ -51,7 +51,7 @@ def run(**options: Any) -> int:
                 return embed_views.run(words, _num_workers(words), _versions())
             if len(words.model) > 1:
                 raise ValueError("--model: found several; expected one, or --views for the teachers of a distillation")
-            (words.model,) = words.model
+            (words.model,), words.dtype = words.model, words.dtype or "fp32"
             return _run(words)
         finally:
             unlock()
@@ -124,19 +124,12 @@ def _prepare(words: argparse.Namespace) -> _Job:
         if length not in model.lengths:
             known = ", ".join(map(str, model.lengths))
             _say(f"--length {length}: {words.model} was not trained to be cut to it; its lengths are {known}")
-        _make(folder.path)
+        make_folder(folder.path)
         lock(folder.path)
         folder.begin(_record(words, sources, model, view, length), words.overwrite)
         if model.weights and not words.as_json:
             print(f"weights: {model.weights}")
     return _Job(words, sources, model, view, length, folder)
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise ValueError(f"--out {folder}: a file is in the way; expected a folder") from error
 
 
 def _record(words: argparse.Namespace, sources: Sources, model: Embedder, view: View, length: int) -> dict[str, Any]:

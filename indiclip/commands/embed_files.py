@@ -183,6 +183,18 @@ class EmbeddingFolder:
         return self.path / f"embeddings-{number:05}.npy", self.path / f"keys-{number:05}.parquet"
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder of `--out` where it is not there.
+
+    Raises:
+        ValueError: A file is in its place, or in that of a folder above it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"--out {folder}: a file is in the way; expected a folder") from error
+
+
 def _write_table(rows: list[dict[str, Any]], what: str, file: io.BytesIO) -> None:
     import pyarrow as pa
     from pyarrow import parquet

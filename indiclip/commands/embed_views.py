@@ -2,12 +2,14 @@
 
 import argparse
 import time
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from indiclip.commands.embed_files import make_folder
 from indiclip.commands.embed_ranks import all_or_none
 from indiclip.commands.findings import json_line
 from indiclip.commands.parallel import progress_bar
@@ -21,6 +23,8 @@ from indiclip.training.run_folder import lock
 # What the other kind of `embed` has, and the value that leaves it out.
 _OTHERS = {"what": "images", "images": None, "captions": None, "length": None, "view": "native"}
 
+_SHOWN = 5  # damaged parts that are named
+
 
 def run(words: argparse.Namespace, num_workers: int, versions: dict[str, str]) -> int:
     """Embed what is missing of the folder; the ranks share its parts. Returns the exit status.
@@ -32,19 +36,32 @@ def run(words: argparse.Namespace, num_workers: int, versions: dict[str, str]) -
     """
     job = all_or_none(lambda: _prepare(words, num_workers))
     rank, world = rank_and_world()
-    missing = gathered(job.missing())[0]  # as the first one sees it
+    numbers = range(rank, job.num_parts, world)
+    wrong = {number: words for found in gathered(job.missing(numbers)) for number, words in found.items()}
+    missing = sorted(wrong)
     mine, started = missing[rank::world], time.monotonic()
     samples = sum(len(job.samples(number)) for number in mine)
-    if rank == 0 and 0 < len(missing) < job.num_parts and not words.as_json:
-        print(f"going on: {job.num_parts - len(missing):,} of {job.num_parts:,} parts are there")
+    if rank == 0 and missing:
+        job.reopen()
+        _say_what_is_there(job, wrong, words.as_json)
     what = "samples" if world == 1 else f"samples of process 1 of {world}"
     with progress_bar(samples, what) if rank == 0 else nullcontext(lambda _: None) as advance:
         job.write(mine, advance)
     done = sum(gathered(samples))
     if rank == 0:
-        _show(words, job.finish(versions), done, time.monotonic() - started)
+        _show(words, job.finish(versions if missing else None), done, time.monotonic() - started)
     gathered(None)  # all end together, so that none is taken for lost
     return 0
+
+
+def _say_what_is_there(job: ViewEmbedder, wrong: dict[int, str], as_json: bool) -> None:
+    damaged = [damage for _, damage in sorted(wrong.items()) if damage]
+    for damage in damaged[:_SHOWN]:
+        warnings.warn(f"{damage}; it is made anew", stacklevel=2)
+    if len(damaged) > _SHOWN:
+        warnings.warn(f"and {len(damaged) - _SHOWN:,} more damaged parts are made anew", stacklevel=2)
+    if 0 < len(wrong) < job.num_parts and not as_json:
+        print(f"going on: {job.num_parts - len(wrong):,} of {job.num_parts:,} parts are there")
 
 
 def _prepare(words: argparse.Namespace, num_workers: int) -> ViewEmbedder:
@@ -54,18 +71,19 @@ def _prepare(words: argparse.Namespace, num_workers: int) -> ViewEmbedder:
             raise ValueError(
                 f"--{name}: is not for --views, which embeds the images and captions of a config's sources"
             )
-    if words.dtype not in ("fp16", "int8"):
+    if words.dtype not in (None, "fp16", "int8"):
         raise ValueError(f"--dtype: found {words.dtype}; expected fp16 or int8 with --views")
+    dtype: Any = words.dtype or "fp16"
     torch.set_flush_denormal(True)
     sources = _sources(words)
     torch.manual_seed(0)  # of a model without weights; it must be the same when the command goes on
     options: dict[str, Any] = {"precision": words.precision, "trust_code": words.trust_code, "weights": words.weights}
     teachers = load_teachers(words.model, local_device(words.device), **options)
     job = ViewEmbedder(
-        Path(words.out), sources, teachers, words.views, words.dtype, words.part_size, words.batch_size, num_workers
+        Path(words.out), sources, teachers, words.views, dtype, words.part_size, words.batch_size, num_workers
     )
     if rank_and_world()[0] == 0:
-        job.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(job.folder)
         lock(job.folder)
         job.begin(words.overwrite)
         for teacher in teachers if not words.as_json else ():

@@ -10,7 +10,7 @@ from torchvision.transforms import v2
 from indiclip.loading.mixing import Mix
 from indiclip.loading.source import Source
 from indiclip.loading.stages import Stage
-from indiclip.loading.teacher_cache import TeacherCache
+from indiclip.loading.teacher_options import TeacherCache
 from indiclip.loading.views import View
 from indiclip.names import did_you_mean, shorten
 

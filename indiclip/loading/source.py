@@ -16,7 +16,8 @@ from indiclip.loading.clusters import ClusterDraws, Clusters, cluster_sizes
 from indiclip.loading.mixing import Mix
 from indiclip.loading.sampler import LARGEST_WINDOW, BatchSpec, SourceInfo
 from indiclip.loading.stages import Stage, TokenBudget, check_stages, stage_ends
-from indiclip.loading.teacher_cache import CachedViews, Captions, TeacherCache
+from indiclip.loading.teacher_cache import CachedViews, Captions
+from indiclip.loading.teacher_options import TeacherCache
 from indiclip.loading.transforms import Transform
 from indiclip.loading.views import View, check_views
 from indiclip.names import check_range

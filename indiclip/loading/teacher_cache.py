@@ -10,81 +10,27 @@ import warnings
 import zlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from indiclip.datasets.base import SampleDataset, fingerprint
-from indiclip.datasets.tables import load_json
 from indiclip.images import UnreadableSample
-from indiclip.loading.teacher_parts import RECORD, Part, TeacherRecord, crc32_of_pixels, part_file, text_hash, texts_of
+from indiclip.loading.teacher_options import TeacherCache
+from indiclip.loading.teacher_parts import DamagedPart, Part, crc32_of_pixels, part_file, text_hash, texts_of
+from indiclip.loading.teacher_record import TeacherRecord, read_record
 from indiclip.loading.transforms import Transform
-from indiclip.names import check_choice, check_range, differences
+from indiclip.names import differences
 from indiclip.types import Sample
 
 _OPEN_PARTS = 256  # at a time, each of which takes a file descriptor
 _LOOKED_AT = 4  # samples that are compared before training, which compares each again
+_AGAIN = "the same `indiclip embed --views`, or a new run with `teachers.make`, makes anew what is damaged"
 _MAKE_PIXELS = ("torch", "torchvision", "simplejpeg", "pillow", "numpy")  # whose versions may round otherwise
 
-DType = Literal["fp16", "int8"]
 Captions = Mapping[str, Sequence[str]]
-
-
-@dataclass
-class MakeTeachers:
-    """How a run makes its cache where there is none, as `indiclip embed --views` would. For small ones: each process of
-    the run makes its own.
-
-    Args:
-        models: As of `indiclip embed --model`: a run, a checkpoint, open_clip:..., each a teacher. `initial` is the
-            run's own encoder before its first step: of use where that is pretrained and is not to forget.
-        views: Augmentations of each image.
-        dtype: Of the embeddings: `fp16` or `int8`.
-        device: Where the teachers compute.
-    """
-
-    models: list[str]
-    views: int = 4
-    dtype: DType = "fp16"
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        check_range({"data: teachers.make.views": self.views}, 1)
-        check_choice("data: teachers.make.dtype", self.dtype, ("fp16", "int8"))
-        if not self.models:
-            raise ValueError("data: teachers.make.models: the list is empty; expected a teacher")
-
-
-@dataclass
-class TeacherCache:
-    """Where a source's teachers are.
-
-    In each step a sample's image is augmented as one of its cached views was, drawn anew: the picture that is resized
-    for the student is, to the bit, the one that the teachers were given: each is compared, and the run ends where one
-    is not. The source's `augment` must be that of the cache, and is done before the image is resized, see `Transform`.
-
-    Args:
-        folder: Of `indiclip embed --views`; None is `teachers` in the run's folder, with `make`.
-        texts: Which caption the teachers' text embedding is of: `own`, the one that the student gets, or a language's
-            code: then it is of the image's caption in that language, whatever language the student gets. A teacher that
-            knows English alone teaches all languages so.
-        make: How to make the folder where it is missing.
-        same_pixels: False warns once, and goes on, where a replayed picture is not the one that the teachers were
-            given, as on a machine whose libraries round otherwise.
-    """
-
-    folder: str | None = None
-    texts: str = "own"
-    make: MakeTeachers | None = None
-    same_pixels: bool = True
-
-    def __post_init__(self) -> None:
-        if self.folder is None and self.make is None:
-            raise ValueError("data: teachers.folder: found none; expected that of `indiclip embed --views`, or make")
 
 
 class CachedViews:
@@ -105,13 +51,12 @@ class CachedViews:
     """
 
     def __init__(self, cache: TeacherCache, dataset: SampleDataset, transform: Transform, key: str) -> None:
-        assert cache.folder is not None
-        self.folder, self.texts, self._key = Path(cache.folder).expanduser(), cache.texts, f"{key}.teachers"
-        if not (self.folder / RECORD).is_file():
-            raise FileNotFoundError(
-                f"{self._key}.folder: {self.folder} holds no {RECORD}; expected the folder of `indiclip embed --views`"
-            )
-        self.record = load_json(self.folder / RECORD)
+        self.folder, self.texts, self._key = cache.path, cache.texts, f"{key}.teachers"
+        cache.check_folder(key)
+        try:
+            self.record = read_record(self.folder)
+        except ValueError as error:
+            raise self._damaged(error) from error
         if not self.record["done"]:
             raise ValueError(f"{self._key}.folder: {self.folder} is not complete; the same `indiclip embed` goes on")
         self._first = self._place_of(dataset)
@@ -123,7 +68,9 @@ class CachedViews:
         self._longest = max(teacher.length for teacher in self.teachers)
         self._scale_T = np.array([teacher.logit_scale for teacher in self.teachers], np.float32)
         self._parts: OrderedDict[int, Part] = OrderedDict()
+        self._compared: set[int] = set()  # parts that were opened before
         self._same_pixels, self._warned = cache.same_pixels, False
+        self._check_sizes()
         self._check_some(dataset, transform)
 
     @property
@@ -178,9 +125,13 @@ class CachedViews:
             raise UnreadableSample(sample["key"], f"has no caption{language}")
         part, row = self._at(index)
         text_row = self._text_row(part, sample["key"], text)
+        try:
+            image_rows, text_rows = part.image_rows(row, view), part.text_rows(text_row)
+        except DamagedPart as error:
+            raise self._damaged(error) from error
         return Sample(
-            teacher_image=self._stacked([part[f"images.{t}"][row, view] for t in range(len(self.teachers))]),
-            teacher_text=self._stacked([part[f"texts.{t}"][text_row] for t in range(len(self.teachers))]),
+            teacher_image=self._stacked(image_rows),
+            teacher_text=self._stacked(text_rows),
             teacher_scale=self._scale_T,
         )
 
@@ -239,9 +190,27 @@ class CachedViews:
         if number not in self._parts:
             if len(self._parts) >= _OPEN_PARTS:
                 self._parts.popitem(last=False)
-            self._parts[number] = Part(part_file(self.folder, number))
+            self._parts[number] = self._open(number)
         self._parts.move_to_end(number)
         return self._parts[number], row
+
+    def _open(self, number: int) -> Part:
+        try:
+            part = Part(part_file(self.folder, number), self.record["parts"][number], number not in self._compared)
+        except DamagedPart as error:
+            raise self._damaged(error) from error
+        self._compared.add(number)
+        return part
+
+    def _damaged(self, error: ValueError) -> ValueError:
+        return ValueError(f"{self._key}.folder: {error}; {_AGAIN}")
+
+    def _check_sizes(self) -> None:
+        """Refuse, before training, a part that is missing or torn; what it holds is compared once it is read."""
+        for number, expected in enumerate(self.record["parts"]):
+            file = part_file(self.folder, number)
+            if not file.is_file() or file.stat().st_size != expected["bytes"]:
+                self._open(number)
 
     def _place_of(self, dataset: SampleDataset) -> int:
         """The number of the dataset's first sample among those of all sources of the cache."""

@@ -35,7 +35,7 @@ def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
             _check_source(key, source, heads, model.encoder.backbone, trains)
     if stage == "fit":
         _check_tasks(data, heads)
-        prepare_teachers(model.encoder, data)  # which may take long, so that it comes behind what is soon checked
+        prepare_teachers(model.encoder, data, heads)  # may take long: it comes behind what is soon checked
     for sources, trains in ((train, True), (held_out, False)):
         _check_samples(data, sources, heads, scores, trains)
     for head in heads if scores else ():

@@ -112,9 +112,9 @@ def explain(message: str) -> str:
         return f"{key}: {missing[0]}" + re.sub("'(.*)'", lambda near: repr(old_names.translated(near[1])), hint)
     if re.search(r"arguments are required: \w+\.(model|data)\.", reason):
         return f"{reason}; does a --config FILE give them?"
-    where = key or ", ".join(dict.fromkeys(classes))
-    has_key = reason.startswith(tuple(f"{group}." for group in _GROUPS))
-    return f"{where}: {reason}" if where and where not in reason and not has_key else reason
+    names_its_key = re.match(r"(data|model|trainer|heads)\b[.:\[]", reason)
+    where = key or ("" if names_its_key else ", ".join(dict.fromkeys(classes)))
+    return f"{where}: {reason}" if where and where not in reason else reason
 
 
 def check_yaml(files: Iterable[str]) -> None:

@@ -143,9 +143,9 @@ def check_changes(parser: LightningArgumentParser, config: Any) -> list[str]:
     before, now = ((tree["model"]["optimizer"] or _DEFAULT_OPTIMIZER)["class_path"] for tree in (old, new))
     if before != now:
         raise ValueError(f"model.optimizer: {now} cannot go on from the moments of {before}")
-    changes = {key: mask(line) for key, line in differences(old, new) if not _is_under(key, _RULE["of_this_start"])}
-    lines = list(changes.values())
-    refused = [key for key in changes if _is_under(key, _RULE["step"]) and not _is_under(key, _RULE["not_of_step"])]
+    changes = [(key, line) for key, line in differences(old, new) if not _is_under(key, _RULE["of_this_start"])]
+    lines = [mask(line) for _, line in changes]
+    refused = [key for key, _ in changes if _is_under(key, _RULE["step"]) and not _is_under(key, _RULE["not_of_step"])]
     if refused and not config["override"]:
         heads = [[head["class_path"] for head in tree["model"]["heads"]] for tree in (old, new)]
         advice = _OVERRIDE if heads[0] == heads[1] else _OTHER_HEADS

@@ -3,21 +3,22 @@
 import atexit
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from indiclip.datasets.tables import load_json
 from indiclip.distributed import local_device
 from indiclip.encoder import Encoder
 from indiclip.evals.models.view_batches import load_teachers
 from indiclip.evals.models.view_embedder import ViewEmbedder
+from indiclip.head import Head
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.loading.source import Source, keyed
-from indiclip.loading.teacher_cache import MakeTeachers, TeacherCache
-from indiclip.loading.teacher_parts import RECORD
+from indiclip.loading.teacher_options import MakeTeachers, TeacherCache
+from indiclip.loading.teacher_record import RECORD, read_record
 from indiclip.training.run_folder import is_first_process
 
 
@@ -34,22 +35,29 @@ def place_caches(data: MultiTaskData, folder: Path, goes_on: bool) -> None:
     for number, cache in enumerate(without if goes_on or is_first_process() else [], 1):
         cache.folder = str(folder / ("teachers" if number == 1 else f"teachers-{number}"))
     for cache in caches if goes_on else []:
-        if _is_done(Path(str(cache.folder))):
+        if _is_done(cache.path):
             cache.make = None
 
 
-def prepare_teachers(encoder: Encoder, data: MultiTaskData) -> None:
+def prepare_teachers(encoder: Encoder, data: MultiTaskData, heads: Iterable[Head]) -> None:
     """Make the caches that are missing and may be made, and compare all of them with their sources.
 
     Args:
         encoder: Of the run, as it begins.
         data: Of the run.
+        heads: Of the run.
 
     Raises:
         FileNotFoundError: No cache, and nothing to make it of.
-        ValueError: One that does not fit its source, or sources of a task with different teachers.
+        ValueError: One that does not fit its source, or sources of a task with different teachers, or without any where
+            a head reads them.
     """
+    for head in heads:
+        _check_head(head, data)
     sources = {key: source for key, source in keyed("data.train", data.train).items() if source.teachers is not None}
+    for key, source in sources.items():  # before one is made, which may take long
+        assert source.teachers is not None
+        source.teachers.check_folder(key)
     for cache in _caches(source.teachers for source in sources.values()):
         _make(cache, {key: source for key, source in sources.items() if source.teachers is cache}, encoder)
     taught: dict[str, tuple[str, list[Any]]] = {}
@@ -76,6 +84,16 @@ def said_of(data: MultiTaskData) -> list[str]:
     return found
 
 
+def _check_head(head: Head, data: MultiTaskData) -> None:
+    """Refuse a source without teachers whose head reads what they say."""
+    for key, source in keyed("data.train", data.train).items():
+        if source.task == head.task and source.teachers is None and "teacher_image" in head.loss_fields:
+            raise ValueError(
+                f"{key}.teachers: found none, and heads.{head.name} reads them; expected a cache, by data.overrides "
+                f"with `task: {head.task}` and `teachers`, or a teacher that runs beside, heads.{head.name}.teacher"
+            )
+
+
 def _caches(of_sources: Iterable[TeacherCache | None]) -> list[TeacherCache]:
     """Each once, though an override gives several sources the same one."""
     return [*{id(cache): cache for cache in of_sources if cache is not None}.values()]
@@ -86,12 +104,12 @@ def _make(cache: TeacherCache, sources: dict[str, Source], encoder: Encoder) -> 
 
     The processes have not met yet, so that none knows which files of another it sees.
     """
-    if cache.make is None or (not is_first_process() and cache.folder is not None and _is_done(Path(cache.folder))):
+    if cache.make is None or (not is_first_process() and cache.folder is not None and _is_done(cache.path)):
         return
     if cache.folder is None or not is_first_process():  # also of a plan or a check, which have no run
         cache.folder = tempfile.mkdtemp(prefix="indiclip-teachers-")
         atexit.register(shutil.rmtree, cache.folder, ignore_errors=True)
-    _embed(cache.make, Path(cache.folder), sources, encoder)
+    _embed(cache.make, cache.path, sources, encoder)
 
 
 def _embed(make: MakeTeachers, folder: Path, sources: dict[str, Source], encoder: Encoder) -> None:
@@ -102,13 +120,16 @@ def _embed(make: MakeTeachers, folder: Path, sources: dict[str, Source], encoder
         raise ValueError(f"{next(iter(sources))}.teachers.make.models: {error}") from error
     job = ViewEmbedder(folder, sources, teachers, make.views, make.dtype)
     job.begin()
-    if not _is_done(folder):
+    if (missing := job.missing()) or not job.is_done():
         if is_first_process():
             print(f"teachers: {', '.join(make.models)} embed {make.views} views of {len(job):,} samples into {folder}")
-        job.write(job.missing())
+        for damage in filter(None, missing.values()):
+            warnings.warn(f"{damage}; it is made anew", stacklevel=2)
+        job.reopen()
+        job.write(missing)
         job.finish({})
     torch.set_rng_state(state)  # random numbers are those of a run whose cache was there
 
 
 def _is_done(folder: Path) -> bool:
-    return (folder / RECORD).is_file() and bool(load_json(folder / RECORD)["done"])
+    return (folder / RECORD).is_file() and bool(read_record(folder)["done"])

@@ -13,7 +13,8 @@ from indiclip.evals.models.digests import crc32_of_prepared, crc32_of_token_ids,
 from indiclip.evals.models.embedder import Embedder, EncoderEmbedder, View, load_embedder
 from indiclip.images import UnreadableSample
 from indiclip.loading.source import Source
-from indiclip.loading.teacher_parts import TeacherRecord, crc32_of_pixels, texts_of
+from indiclip.loading.teacher_parts import crc32_of_pixels, texts_of
+from indiclip.loading.teacher_record import TeacherRecord
 from indiclip.types import Sample
 
 INITIAL = "initial"  # as a model: the run's own encoder before its first step

@@ -7,13 +7,13 @@ Shape letters: see `indiclip.loading.teacher_cache`.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors.numpy import save
 
 from indiclip import json_lines
 from indiclip.datasets.base import fingerprint
@@ -21,13 +21,14 @@ from indiclip.datasets.tables import load_json
 from indiclip.evals.models.stored import stored
 from indiclip.evals.models.view_batches import ViewBatch, ViewBatches, ViewTeacher, as_it_is
 from indiclip.loading.source import Source
-from indiclip.loading.teacher_cache import DType
-from indiclip.loading.teacher_parts import RECORD, digest_of, part_file, text_hash
+from indiclip.loading.teacher_options import DType
+from indiclip.loading.teacher_parts import DamagedPart, Part, part_file, text_hash, with_sums
+from indiclip.loading.teacher_record import RECORD, digest_of, identity_of, read_record
 from indiclip.loading.workers import StepLoader, Workers
 from indiclip.names import differences
 
 _BYTES = {"fp16": 2, "int8": 1}
-_MAY_CHANGE = ("done", "digest", "summary", "versions")  # between two starts, beside a teacher's name
+_MAY_CHANGE = ("done", "digest", "summary", "versions", "parts")  # between two starts, beside a teacher's name
 
 
 class _Embedded(NamedTuple):
@@ -99,7 +100,7 @@ class ViewEmbedder:
         file = self.folder / RECORD
         others = sorted(entry.name for entry in self.folder.iterdir() if not entry.name.startswith("."))
         if file.is_file() and not overwrite:
-            self._check(load_json(file))
+            self._go_on()
             return
         if others and not file.is_file():
             raise ValueError(
@@ -110,28 +111,78 @@ class ViewEmbedder:
             old.unlink(missing_ok=True)
         self._write({"done": False, **self.record})
 
+    def _go_on(self) -> None:
+        try:
+            self._check(read_record(self.folder, compare=False))
+        except ValueError as error:
+            raise ValueError(f"{error}; --overwrite starts anew") from error
+        try:
+            read_record(self.folder)
+        except ValueError as error:
+            warnings.warn(f"{error}; it is written anew", stacklevel=2)
+
     def _check(self, old: dict[str, Any]) -> None:
         for was, now in zip(old["teachers"], self.record["teachers"], strict=False):
             if was["crc32_of_weights"] != now["crc32_of_weights"]:
                 words = f"{was['name']} ({was['crc32_of_weights']}) -> {now['name']} ({now['crc32_of_weights']})"
-                raise ValueError(
-                    f"{self.folder}: holds embeddings of another teacher: {words}; --overwrite starts anew"
-                )
+                raise ValueError(f"{self.folder}: holds embeddings of another teacher: {words}")
         found = [(key, line) for key, line in differences(old, self.record) if not key.endswith((".name", ".weights"))]
         if lines := [line for key, line in found if key.partition(".")[0] not in _MAY_CHANGE]:
-            raise ValueError(f"{self.folder}: was begun otherwise: {'; '.join(lines)}; --overwrite starts anew")
+            raise ValueError(f"{self.folder}: was begun otherwise: {'; '.join(lines)}")
 
-    def missing(self) -> list[int]:
-        """Parts that are not there yet."""
-        if load_json(self.folder / RECORD)["done"]:
-            return []
-        return [number for number in range(self.num_parts) if not part_file(self.folder, number).is_file()]
+    def missing(self, numbers: Iterable[int] | None = None) -> dict[int, str]:
+        """Parts that have to be made, with what is wrong of one that is there; all that are there are read.
+
+        Args:
+            numbers: Those that are looked at; None is all.
+        """
+        found = {}
+        recorded = self._recorded()
+        for number in range(self.num_parts) if numbers is None else numbers:
+            if not part_file(self.folder, number).exists():
+                found[number] = ""
+                continue
+            try:
+                self._compare(number, recorded[number] if recorded else None)
+            except DamagedPart as error:
+                found[number] = str(error)
+        return found
+
+    def is_done(self) -> bool:
+        """Whether the record says so, and is whole."""
+        try:
+            return bool(read_record(self.folder)["done"])
+        except ValueError:
+            return False
+
+    def reopen(self) -> None:
+        """Note that parts will be made anew, so that nobody trains with the others meanwhile."""
+        self._write({"done": False, **self.record})
+
+    def _recorded(self) -> list[dict[str, Any]]:
+        """The sums of the parts, where the record is whole."""
+        try:
+            found: list[dict[str, Any]] = read_record(self.folder).get("parts", [])
+        except ValueError:
+            return []  # each part tells by itself which one it is, and of what cache
+        return found
+
+    def _compare(self, number: int, recorded: dict[str, Any] | None) -> None:
+        """Raise DamagedPart where a part is not whole, or not this one of this cache."""
+        part = Part(part_file(self.folder, number), recorded)
+        found = {name: part.about.get(name) for name in self._names(number)}
+        if found != self._names(number):
+            raise DamagedPart(f"{part_file(self.folder, number)}: found {found}; expected {self._names(number)}")
+        part.compare_all()
+
+    def _names(self, number: int) -> dict[str, Any]:
+        return {"cache": identity_of(self.record), "part": number}
 
     def samples(self, number: int) -> range:
         """Those of a part."""
         return range(number * self.part_size, min((number + 1) * self.part_size, len(self)))
 
-    def write(self, numbers: Sequence[int], advance: Callable[[int], None] = lambda _: None) -> None:
+    def write(self, numbers: Collection[int], advance: Callable[[int], None] = lambda _: None) -> None:
         """Embed and write parts.
 
         Args:
@@ -162,29 +213,35 @@ class ViewEmbedder:
                 advance(batch.last - batch.first)
             self._write_part(number, of_part)
 
-    def finish(self, versions: Mapping[str, str]) -> dict[str, Any]:
-        """Sum up the parts. Returns the record."""
+    def finish(self, versions: Mapping[str, str] | None) -> dict[str, Any]:
+        """Sum up the parts. Returns the record.
+
+        Args:
+            versions: Of the libraries that made them; None keeps those of the record.
+        """
         quarantined: list[dict[str, Any]] = []
-        sizes, losses = 0, [0.0]
-        files = [part_file(self.folder, number) for number in range(self.num_parts)]
-        for file in files:
-            with file.open("rb") as opened:
-                about = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))["__metadata__"]
-            quarantined += json.loads(about["quarantined"])
-            losses.append(float(about["cosine_loss"]))
-            sizes += file.stat().st_size
+        parts, losses = list[dict[str, Any]](), [0.0]
+        for number in range(self.num_parts):
+            file = part_file(self.folder, number)
+            about = Part(file).about
+            quarantined += about["quarantined"]
+            losses.append(about["cosine_loss"])
+            parts.append({"bytes": file.stat().st_size, "checksum": about["checksum"]})
         of_images = self.views * _BYTES[self.dtype] * sum(teacher.about.length for teacher in self.teachers)
         summary = {
             "samples": len(self),
             "quarantined": len(quarantined),
-            "bytes_per_sample": round(sizes / len(self), 1),
+            "bytes_per_sample": round(sum(part["bytes"] for part in parts) / len(self), 1),
             "of_them_for_images": of_images,
             "largest_cosine_loss": max(losses),
         }
         if quarantined:
             json_lines.rewrite(self.folder / "quarantine.jsonl", quarantined)
-        record = {"done": True, **self.record, "summary": summary, "digest": digest_of(self.record, files)}
-        self._write(record | {"versions": dict(versions)})
+        if versions is None:
+            versions = load_json(self.folder / RECORD).get("versions", {})
+        record = {"done": True, **self.record, "summary": summary, "versions": dict(versions), "parts": parts}
+        record["digest"] = digest_of(record)
+        self._write(record)
         return record
 
     def _write(self, record: dict[str, Any]) -> None:
@@ -197,8 +254,7 @@ class ViewEmbedder:
             for teacher, prepared in zip(self.teachers, batch.inputs, strict=True)
         ]
         for teacher, image_NE in zip(self.teachers, images, strict=True):
-            if not np.isfinite(image_NE).all():
-                raise ValueError(f"--model {teacher.about.name}: gives numbers that are not finite")
+            _check_finite(teacher, image_NE)
         return _Embedded(batch, [image_NE.reshape(len(batch.readable), self.views, -1) for image_NE in images])
 
     def _write_part(self, number: int, parts: list[_Embedded]) -> None:
@@ -226,8 +282,15 @@ class ViewEmbedder:
             all_NKE = np.zeros((len(span), self.views, teacher.about.length), found.dtype)
             all_NKE[rows] = found.reshape(image_MKE.shape)
             arrays[f"images.{t}"] = all_NKE
-            arrays[f"texts.{t}"], text_losses = stored(teacher.model.embed_texts(texts).numpy(), self.dtype)
+            text_SE = teacher.model.embed_texts(texts).numpy()
+            _check_finite(teacher, text_SE)
+            arrays[f"texts.{t}"], text_losses = stored(text_SE, self.dtype)
             lost = max(lost, float(losses.max(initial=0)), float(text_losses.max(initial=0)))
         quarantined = [row for batch in batches for row in batch.quarantined]
-        about = {"quarantined": json.dumps(quarantined), "cosine_loss": str(lost)}
-        json_lines.write_whole(part_file(self.folder, number), save(arrays, about))
+        about = {"quarantined": quarantined, "cosine_loss": lost, **self._names(number)}
+        json_lines.write_whole(part_file(self.folder, number), with_sums(arrays, about))
+
+
+def _check_finite(teacher: ViewTeacher, rows_NE: np.ndarray) -> None:
+    if not np.isfinite(rows_NE).all():
+        raise ValueError(f"--model {teacher.about.name}: gives numbers that are not finite")
