@@ -178,7 +178,7 @@ def test_one_line_says_what_is_wrong(tmp_path, capsys, changes, message):
 
 def test_sources_of_a_task_agree():
     sources = [Source("t", Numbers("a", 8), 2, every=every) for every in (1, 2)]
-    with pytest.raises(ValueError, match="data: the sources of task 't' differ in every; they share their batches"):
+    with pytest.raises(ValueError, match="data: the sources of task 't' differ in every, such as 1 and 2; they share"):
         Steps(sources, 0, Preprocessing(8), True)
 
 

@@ -89,6 +89,8 @@ def test_what_does_not_go_with_shards_is_one_line(what, tmp_path):
         "gradients": ((), "TaskGradients needs whole gradients on each rank"),
         "lightning": ((), "expected indiclip.training.sharding.ShardedStrategy"),
     }[what]
+    if what == "heads":
+        tree["model"]["heads"].append({"class_path": "heads.counting.Counting", "init_args": {"task": "contrastive"}})
     if what == "gradients":
         tree["trainer"]["callbacks"] = [{"class_path": "indiclip.training.callbacks.TaskGradients"}]
     if what == "lightning":
