@@ -49,7 +49,8 @@ def markdown(
         lines += [_line("arm", "FLOPs a step", "steps", "learning rate", *main)]
         lines += ["|---" * (4 + len(main)) + "|"]
         of = {name: tables[equal][name] for name in main}
-        lines += [_row(results, row, of) for row in costs if equal == "FLOPs" or _at_equal_steps(results, row["arm"])]
+        shown = [row for row in costs if equal == "FLOPs" or row["arm"] not in grid.not_at_equal_steps]
+        lines += [_row(results, row, of) for row in shown]
         if equal == "FLOPs":
             lines += [_line(name, "", "", "", *_means(at, main)) for name, at in references.items()]
         lines.append("")
@@ -57,10 +58,6 @@ def markdown(
     seeds = sorted({len(grid.arm_seeds(arm)) for arm in grid.arms})
     notes = _NOTES.format(control=grid.control, seeds=" or ".join(map(str, seeds)), lower=", ".join(lower) or "none")
     return "\n".join([*lines, notes, *([end, ""] if end else [])])
-
-
-def _at_equal_steps(results: Results, arm: str) -> bool:
-    return arm not in results.grid.not_at_equal_steps
 
 
 def _row(results: Results, costs: dict[str, Any], tables: dict[str, dict[str, Compared]]) -> str:

@@ -7,7 +7,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,13 +28,13 @@ from indiclip.evals.models import embedder
 from indiclip.evals.models.digests import crc32_of_prepared, crc32_of_token_ids, crc32_of_weights
 from indiclip.evals.models.embedder import Embedder, View
 from indiclip.evals.models.stored import stored
+from indiclip.loading.teacher_record import PIXEL_LIBRARIES, versions_of
 from indiclip.loading.workers import StepLoader, Workers
 from indiclip.names import check_range
 from indiclip.training.run_folder import lock, unlock
 
 _MOST_WORKERS = 8  # of a process that feeds a GPU, where nothing else is said
-_PIXELS = ("torch", "torchvision", "numpy", "simplejpeg", "pillow")
-_LIBRARIES = (*_PIXELS, "timm", "transformers", "open_clip_torch", "pyarrow")
+_LIBRARIES = (*PIXEL_LIBRARIES, "timm", "transformers", "open_clip_torch", "pyarrow")
 _DECODE = "float32(row) / norm(float32(row))"
 
 
@@ -48,7 +47,7 @@ def run(**options: Any) -> int:
         warnings.showwarning = lambda message, *_: _say(str(message))
         try:
             if words.views:
-                return embed_views.run(words, _num_workers(words), _versions())
+                return embed_views.run(words, _num_workers(words), versions_of(_LIBRARIES))
             if len(words.model) > 1:
                 raise ValueError("--model: found several; expected one, or --views for the teachers of a distillation")
             (words.model,), words.dtype = words.model, words.dtype or "fp32"
@@ -153,7 +152,7 @@ def _record(words: argparse.Namespace, sources: Sources, model: Embedder, view: 
         "batch_size": words.batch_size,
         "part_size": words.part_size,
         "sources": [{"source": source.name, **fingerprint(source)} for source in sources.sources],
-        "versions": {"indiclip": __version__, **_versions()},
+        "versions": {"indiclip": __version__, **versions_of(_LIBRARIES)},
     }
 
 
@@ -214,16 +213,6 @@ def _damaged(sources: Sources) -> list[dict[str, Any]]:
     """What is lost of the files as a whole, for the quarantine."""
     lost = [one for source in sources.sources for one in source.damaged]
     return [{"key": one.key, "source": one.shard, "row": None, "reason": one.reason} for one in lost]
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _show_sources(job: _Job, missing: int) -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import time
-import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,6 @@ from indiclip.training.run_folder import lock
 # What the other kind of `embed` has, and the value that leaves it out.
 _OTHERS = {"what": "images", "images": None, "captions": None, "length": None, "view": "native"}
 
-_SHOWN = 5  # damaged parts that are named
-
 
 def run(words: argparse.Namespace, num_workers: int, versions: dict[str, str]) -> int:
     """Embed what is missing of the folder; the ranks share its parts. Returns the exit status.
@@ -42,8 +39,9 @@ def run(words: argparse.Namespace, num_workers: int, versions: dict[str, str]) -
     mine, started = missing[rank::world], time.monotonic()
     samples = sum(len(job.samples(number)) for number in mine)
     if rank == 0 and missing:
-        job.reopen()
-        _say_what_is_there(job, wrong, words.as_json)
+        job.reopen(wrong)
+        if len(missing) < job.num_parts and not words.as_json:
+            print(f"going on: {job.num_parts - len(missing):,} of {job.num_parts:,} parts are there")
     what = "samples" if world == 1 else f"samples of process 1 of {world}"
     with progress_bar(samples, what) if rank == 0 else nullcontext(lambda _: None) as advance:
         job.write(mine, advance)
@@ -52,16 +50,6 @@ def run(words: argparse.Namespace, num_workers: int, versions: dict[str, str]) -
         _show(words, job.finish(versions if missing else None), done, time.monotonic() - started)
     gathered(None)  # all end together, so that none is taken for lost
     return 0
-
-
-def _say_what_is_there(job: ViewEmbedder, wrong: dict[int, str], as_json: bool) -> None:
-    damaged = [damage for _, damage in sorted(wrong.items()) if damage]
-    for damage in damaged[:_SHOWN]:
-        warnings.warn(f"{damage}; it is made anew", stacklevel=2)
-    if len(damaged) > _SHOWN:
-        warnings.warn(f"and {len(damaged) - _SHOWN:,} more damaged parts are made anew", stacklevel=2)
-    if 0 < len(wrong) < job.num_parts and not as_json:
-        print(f"going on: {job.num_parts - len(wrong):,} of {job.num_parts:,} parts are there")
 
 
 def _prepare(words: argparse.Namespace, num_workers: int) -> ViewEmbedder:

@@ -10,7 +10,6 @@ import warnings
 import zlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from indiclip.datasets.base import SampleDataset, fingerprint
 from indiclip.images import UnreadableSample
 from indiclip.loading.teacher_options import TeacherCache
 from indiclip.loading.teacher_parts import DamagedPart, Part, crc32_of_pixels, part_file, text_hash, texts_of
-from indiclip.loading.teacher_record import TeacherRecord, read_record
+from indiclip.loading.teacher_record import PIXEL_LIBRARIES, TeacherRecord, read_record, versions_of
 from indiclip.loading.transforms import Transform
 from indiclip.names import differences
 from indiclip.types import Sample
@@ -28,7 +27,6 @@ from indiclip.types import Sample
 _OPEN_PARTS = 256  # at a time, each of which takes a file descriptor
 _LOOKED_AT = 4  # samples that are compared before training, which compares each again
 _AGAIN = "the same `indiclip embed --views`, or a new run with `teachers.make`, makes anew what is damaged"
-_MAKE_PIXELS = ("torch", "torchvision", "simplejpeg", "pillow", "numpy")  # whose versions may round otherwise
 
 Captions = Mapping[str, Sequence[str]]
 
@@ -155,8 +153,8 @@ class CachedViews:
         found, expected = crc32_of_pixels(picture_CHW), int(part["crc32_of_pixels"][row, view])
         if found == expected:
             return
-        made_with = self.record.get("versions", {})
-        pairs = [(name, made_with[name], _installed(name)) for name in _MAKE_PIXELS if name in made_with]
+        made_with, here = self.record.get("versions", {}), versions_of(PIXEL_LIBRARIES)
+        pairs = [(name, made_with[name], here.get(name, "none")) for name in PIXEL_LIBRARIES if name in made_with]
         other = [f"{name} {was}, here {now}" for name, was, now in pairs if was != now]
         versions = f" ({'; '.join(other)})" if other else ""
         message = (
@@ -241,10 +239,3 @@ class CachedViews:
             part, _ = self._at(index)
             for text in texts_of(sample) if self.texts == "own" else sample.get("captions", {}).get(self.texts, ()):
                 self._text_row(part, key, text)
-
-
-def _installed(library: str) -> str:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return "none"

@@ -5,7 +5,8 @@ Its `digest` covers all of it that training reads, and by the parts' checksums t
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from indiclip.datasets.tables import load_json
 from indiclip.names import is_whole, shorten
 
 RECORD = "teachers.json"
+PIXEL_LIBRARIES = ("torch", "torchvision", "simplejpeg", "pillow", "numpy")  # whose versions may round otherwise
 _TEACHER = {
     "name": str,
     "weights": str,
@@ -89,6 +91,17 @@ def read_record(folder: Path, compare: bool = True) -> dict[str, Any]:
     if (own := digest_of(record)) != record["digest"]:
         raise ValueError(f"{file}: digest: found {record['digest']!r}; expected {own!r}, that of the other entries")
     return record
+
+
+def versions_of(libraries: Iterable[str]) -> dict[str, str]:
+    """Of those that are installed."""
+    found = {}
+    for library in libraries:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue  # none of them has to be there
+    return found
 
 
 def identity_of(record: Mapping[str, Any]) -> str:

@@ -3,7 +3,6 @@
 import atexit
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -123,9 +122,7 @@ def _embed(make: MakeTeachers, folder: Path, sources: dict[str, Source], encoder
     if (missing := job.missing()) or not job.is_done():
         if is_first_process():
             print(f"teachers: {', '.join(make.models)} embed {make.views} views of {len(job):,} samples into {folder}")
-        for damage in filter(None, missing.values()):
-            warnings.warn(f"{damage}; it is made anew", stacklevel=2)
-        job.reopen()
+        job.reopen(missing)
         job.write(missing)
         job.finish({})
     torch.set_rng_state(state)  # random numbers are those of a run whose cache was there

@@ -28,6 +28,7 @@ from indiclip.loading.workers import StepLoader, Workers
 from indiclip.names import differences
 
 _BYTES = {"fp16": 2, "int8": 1}
+_SHOWN = 5  # damaged parts that are named
 _MAY_CHANGE = ("done", "digest", "summary", "versions", "parts")  # between two starts, beside a teacher's name
 
 
@@ -155,9 +156,18 @@ class ViewEmbedder:
         except ValueError:
             return False
 
-    def reopen(self) -> None:
-        """Note that parts will be made anew, so that nobody trains with the others meanwhile."""
+    def reopen(self, missing: Mapping[int, str]) -> None:
+        """Note that parts will be made anew, so that nobody trains with the others meanwhile; tell the damaged ones.
+
+        Args:
+            missing: As of `missing`.
+        """
         self._write({"done": False, **self.record})
+        damaged = [damage for _, damage in sorted(missing.items()) if damage]
+        for damage in damaged[:_SHOWN]:
+            warnings.warn(f"{damage}; it is made anew", stacklevel=2)
+        if len(damaged) > _SHOWN:
+            warnings.warn(f"and {len(damaged) - _SHOWN:,} more damaged parts are made anew", stacklevel=2)
 
     def _recorded(self) -> list[dict[str, Any]]:
         """The sums of the parts, where the record is whole."""
@@ -169,10 +179,11 @@ class ViewEmbedder:
 
     def _compare(self, number: int, recorded: dict[str, Any] | None) -> None:
         """Raise DamagedPart where a part is not whole, or not this one of this cache."""
-        part = Part(part_file(self.folder, number), recorded)
-        found = {name: part.about.get(name) for name in self._names(number)}
-        if found != self._names(number):
-            raise DamagedPart(f"{part_file(self.folder, number)}: found {found}; expected {self._names(number)}")
+        file, expected = part_file(self.folder, number), self._names(number)
+        part = Part(file, recorded)
+        found = {name: part.about.get(name) for name in expected}
+        if found != expected:
+            raise DamagedPart(f"{file}: found {found}; expected {expected}")
         part.compare_all()
 
     def _names(self, number: int) -> dict[str, Any]:
