@@ -23,7 +23,7 @@ keys (labels, caption ids).
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from indiclip.autograd import with_gradients
+from indiclip.head import Head
 from indiclip.logit_chunks import Chunk, LogitChunks
 from indiclip.logit_chunks import Mixture as Mixture
 from indiclip.softmax_sums import softmax_sums, softmax_targets
@@ -276,6 +277,23 @@ class SigmoidLoss(ContrastiveLoss):
             loss_B[chunk.image_part].add_(loss_RC.sum(1), alpha=weight)
             if chunks.wanted:
                 chunk.add_gradient(index, logits_RC.sigmoid_().sub_(target_RC), 1)
+
+
+def logits_of(heads: Iterable[Head]) -> str:
+    """Where the temperature of a model's embeddings lies: the path of a loss, such as `heads.contrastive.criterion`.
+
+    That of the contrastive loss, if it has a weight. Of a model that only distils it is that of the distance to the
+    teacher, as nothing trains the other. Empty where there are several such losses, or none.
+    """
+    losses = [
+        (f"heads.{head.name}.{path}", loss, head.weight)
+        for head in heads
+        for path, loss in head.named_modules()
+        if isinstance(loss, PairLoss)
+    ]
+    trained = [(path, loss) for path, loss, weight in losses if weight] or [(path, loss) for path, loss, _ in losses]
+    paths = [path for path, loss in trained if isinstance(loss, ContrastiveLoss)] or [path for path, _ in trained]
+    return paths[0] if len(paths) == 1 else ""
 
 
 def _stack_keys(like_BE: Tensor, **named: Tensor | None) -> Tensor:

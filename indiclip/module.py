@@ -24,6 +24,7 @@ from indiclip.head import Head, Losses, Prediction, computed
 from indiclip.head_schedule import idle_names, idle_parameters, start_steps, unused_parts
 from indiclip.held_out_scores import HeldOutScores
 from indiclip.lightning_internals import batches_done, estimated_steps, gradient_scale, logs_after_step
+from indiclip.losses import logits_of
 from indiclip.micro_batches import CachedGradients, Outputs, split
 from indiclip.names import check_range
 from indiclip.parameter_groups import parameter_groups
@@ -390,6 +391,7 @@ class MultiTask(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["encoder"] = self.encoder.to_config()  # plain types: enough for `indiclip.load`
+        checkpoint["logits"] = logits_of(self.each_head())
         checkpoint["begun_heads"] = sorted(self._begun)
 
 

@@ -100,7 +100,7 @@ ARROWS = {
     "ratios.py": "distributed",
     "autograd.py": "",
     "micro_batches.py": "types head pooling ratios autograd",
-    "losses.py": "logit_chunks softmax_sums autograd",
+    "losses.py": "head logit_chunks softmax_sums autograd",
     "softmax_sums.py": "logit_chunks",
     "logit_chunks.py": "distributed",
     "distillation_loss.py": "losses logit_chunks chunked_cross_entropy autograd distributed",
@@ -128,7 +128,7 @@ ARROWS = {
     "lightning_internals.py": "",
     "task_weights.py": "names types distributed autograd sharding",
     "module.py": "encoder head types names optim freezing lightning_internals distributed sharding float8 task_weights"
-    " micro_batches ratios head_schedule held_out_scores module_checks parameter_groups",
+    " losses micro_batches ratios head_schedule held_out_scores module_checks parameter_groups",
     "held_out_scores.py": "head types distributed",
     "head_schedule.py": "head pooling steps task_weights",
     "module_checks.py": "encoder head task_weights",

@@ -11,7 +11,6 @@ from indiclip.pretrained.sharded import is_sharded
 from indiclip.pretrained.weights import PART_OF, Weights, read_tensors
 
 AVERAGES = "averages"  # entry of a checkpoint: `state_dict` and `num_updates` of `indiclip.training.ema.EMA`
-LOGITS = "logits"  # entry of a checkpoint: the path of the loss with the run's temperature, "" for none
 CHOICES = ("auto", "ema", "last", "best")
 _ENCODER = "encoder."
 _LOGITS = ("logit_scale", "logit_bias")
@@ -118,14 +117,9 @@ def checkpoint_file(path: Path) -> Path:
 
 
 def _logits(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Temperature and bias of the loss that `LOGITS` names.
-
-    A checkpoint without this entry is older, or has weights alone. It is read as of a run whose contrastive loss had a
-    weight; the distance to a teacher is told from that by its name in `heads.distillation`.
-    """
+    """Temperature and bias of the loss that the entry `logits` names; of an older run, of its only such loss."""
     weights = checkpoint["state_dict"]
-    if (loss := checkpoint.get(LOGITS)) is None:
+    if (loss := checkpoint.get("logits")) is None:
         losses = [key.removesuffix(f".{_LOGITS[0]}") for key in weights if _SCALE.fullmatch(key)]
-        losses = [path for path in losses if not path.endswith(".distance")] or losses
         loss = losses[0] if len(losses) == 1 else ""
     return {name: weights[f"{loss}.{name}"] for name in _LOGITS if f"{loss}.{name}" in weights}

@@ -17,12 +17,9 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from indiclip import __version__, json_lines
 from indiclip.config_files import read_config
 from indiclip.datasets.base import fingerprint
-from indiclip.head import Head
 from indiclip.loading.source import keyed
-from indiclip.losses import ContrastiveLoss, PairLoss
 from indiclip.masking import mask
 from indiclip.names import differences
-from indiclip.pretrained.runs import LOGITS
 from indiclip.training.fault_tolerance.ranks import folder_of
 from indiclip.training.portable_config import PortableConfig
 
@@ -35,8 +32,7 @@ _HEADER = f"# indiclip=={__version__}\n"
 
 
 class ConfigHistory(SaveConfigCallback):
-    """Saves the config after the first step that it made; in checkpoints what it found to train on, and which loss has
-    the temperature.
+    """Saves the config after the first step that it made, and in checkpoints what it found to train on.
 
     Args:
         parser: Of the command.
@@ -58,7 +54,6 @@ class ConfigHistory(SaveConfigCallback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[_FOUND] = _found(trainer)
-        checkpoint[LOGITS] = logits_of(pl_module.each_head())  # type: ignore[operator]
         if self._began is not None and trainer.global_step > self._began:
             self._keep(trainer)  # a run that is stopped in its first step has not come to `on_train_batch_end`
 
@@ -93,23 +88,6 @@ class ConfigHistory(SaveConfigCallback):
                 return
             json_lines.write_whole(before, kept)  # a copy, so that at a kill or on a full disk `file` is there
         json_lines.write_whole(file, saved)
-
-
-def logits_of(heads: Iterable[Head]) -> str:
-    """Where the temperature of a run's embeddings lies: the path of a loss, such as `heads.contrastive.criterion`.
-
-    That of the contrastive loss, if it has a weight. Of a run that only distils it is that of the distance to the
-    teacher, as nothing trains the other. Empty where there are several such losses, or none.
-    """
-    losses = [
-        (f"heads.{head.name}.{path}", loss, head.weight)
-        for head in heads
-        for path, loss in head.named_modules()
-        if isinstance(loss, PairLoss)
-    ]
-    trained = [(path, loss) for path, loss, weight in losses if weight] or [(path, loss) for path, loss, _ in losses]
-    paths = [path for path, loss in trained if isinstance(loss, ContrastiveLoss)] or [path for path, _ in trained]
-    return paths[0] if len(paths) == 1 else ""
 
 
 def plain(parser: LightningArgumentParser, config: Any) -> Any:
