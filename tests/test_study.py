@@ -30,6 +30,7 @@ from _study_read import read_grid
 from _study_results import Results
 from _study_runs import common_step
 from _study_slice import Slice, Task
+from _study_state import Study
 
 ROOT = Path(__file__).parents[1]
 WIDE = "--model.encoder.backbone.init_args.width=64"
@@ -116,7 +117,7 @@ def test_a_stopped_study_goes_on_and_what_is_done_is_not_repeated(done, capsys):
 @pytest.mark.slow
 def test_arms_have_equal_flops_within_a_step_and_are_scored_at_equal_steps(done):
     file, folder, _ = done
-    of = study.Study(read_grid(file), folder)
+    of = Study(read_grid(file), folder)
     plain, wide = of.counted["plain"], of.counted["wide"]
     assert plain.steps == 10
     assert 0 <= plain.flops - wide.flops < wide.flops / wide.steps
@@ -158,7 +159,7 @@ def test_the_page_has_every_number_and_the_commands(done):
     at_equal_flops = table.partition("## At equal steps")[0].splitlines()
     (row,) = (line for line in at_equal_flops if line.startswith("| wide "))
     assert f"| untrained |  |  |  | {untrained['scenes/zero_shot@32']:.3f} |" in at_equal_flops
-    done_study = study.Study(read_grid(file), folder)
+    done_study = Study(read_grid(file), folder)
     plain, wide = (done_study.counted[arm] for arm in ("plain", "wide"))
     relative = (wide.flops / wide.steps) / (plain.flops / plain.steps)
     assert 2 < relative < 2.3
@@ -176,7 +177,7 @@ def test_an_arm_of_which_a_seed_diverged_is_not_judged_by_the_others(done, tmp_p
     reason = "step 13: the loss of contrastive was not finite in 11 steps in a row"
     state.write_text(json.dumps({"digest": json.loads(state.read_text())["digest"], "diverged": reason}))
     (root / "wide" / "seed-1" / "scores.json").unlink()
-    of = study.Study(read_grid(file), root)
+    of = Study(read_grid(file), root)
     compared = Results(of).compared("scenes/zero_shot@32", "FLOPs")["wide"]
     assert (compared.verdict, compared.own.num, compared.own_verdict) == ("diverged", 1, "not judged")
     write_study(of, Prepared(of.grid, root), [])
@@ -196,7 +197,7 @@ def test_the_best_rate_is_chosen_for_each_arm_and_never_one_that_diverged(done, 
     changes = {"learning_rates": rates, "screening": screening, "seeds_of": {"wide": [1]}}
     of = read_grid(grid(file.parent, "rates", **changes))
     shutil.copy(folder / "counted.json", tmp_path)
-    tried = study.Study(of, tmp_path)
+    tried = Study(of, tmp_path)
     (flags,) = (run.flags() for run in tried.runs["rates"] if (run.arm, run.lr) == ("plain", 2e-3))
     assert flags[1:] == [
         *("--trainer.max_steps=5", "--model.lr=0.002", "--model.warmup_steps=1"),

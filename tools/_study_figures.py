@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import io
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from _study_results import Compared, Results
 from _study_runs import curve
 
 from indiclip.evals.reports.page import data_uri
-
-if TYPE_CHECKING:
-    from _study_results import Compared, Results
 
 
 def forest(results: Results, name: str, compared: dict[str, Compared]) -> str:

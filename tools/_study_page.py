@@ -9,23 +9,21 @@ import platform
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from _study_figures import curves, forest
 from _study_grid import command
+from _study_prepare import Prepared
 from _study_results import Results
 from _study_runs import Costs, common_step
 from _study_scores import Scores, scored
+from _study_state import Study
 from _study_statistics import NO_DIFFERENCE, Difference
 from _study_table import ends, markdown, mean_of, signed
 
 from indiclip import json_lines
 from indiclip.evals.reports.page import write_page
-
-if TYPE_CHECKING:
-    from _study_prepare import Prepared
-    from study import Study
 
 
 def write_study(study: Study, prepared: Prepared, failed: list[str]) -> Path:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from _study_runs import common_step, curve
 from _study_scores import Scores, directions, scored
+from _study_state import Study
 from _study_statistics import NO_DIFFERENCE, NOT_JUDGED, Difference, holm, paired, pooled
 
 from indiclip.evals.protocols.metrics import Interval, parity_gap
-
-if TYPE_CHECKING:
-    from study import Study
 
 DIVERGED = "diverged"
 _UNDECIDED = (NO_DIFFERENCE, NOT_JUDGED)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from _study_results import Compared, Results
+from _study_scores import Scores
 from _study_statistics import Difference
 
 from indiclip.evals.protocols.metrics import Interval
-
-if TYPE_CHECKING:
-    from _study_results import Compared, Results
-    from _study_scores import Scores
 
 _NOTES = """\
 Against `{control}`, whose row has the scores themselves. Each cell: the verdict, the mean of the differences over the
