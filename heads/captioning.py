@@ -18,10 +18,6 @@ from torch import Tensor
 from torchvision.ops import box_iou
 from torchvision.utils import draw_bounding_boxes
 
-from indiclip.caption_decoder import CaptionDecoder, Memory
-from indiclip.caption_metric import CaptionMetric, caption_measures
-from indiclip.caption_sequences import Prompted, Region, boxes_of_class, drawn_regions, region_texts, sequences_of
-from indiclip.caption_vocabulary import CaptionVocabulary
 from indiclip.chunked_cross_entropy import chunked_cross_entropy
 from indiclip.head import (
     Datasets,
@@ -39,6 +35,10 @@ from indiclip.head import (
     same_classes,
 )
 from indiclip.ratios import by_group
+from indiclip.tasks.caption_decoder import CaptionDecoder, Memory
+from indiclip.tasks.caption_metric import CaptionMetric, caption_measures
+from indiclip.tasks.caption_sequences import Prompted, Region, boxes_of_class, drawn_regions, region_texts, sequences_of
+from indiclip.tasks.caption_vocabulary import CaptionVocabulary
 from indiclip.types import (
     Batch,
     Features,

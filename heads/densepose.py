@@ -9,7 +9,7 @@ Four things differ, all because one map of patches feeds it instead of a pyramid
     - the losses read the maps before the last, bilinear, doubling (an eighth of the time); the doubling has no
       parameters, and to a point between cells it gives the same value up to the kinks at cell centres;
     - U and V losses are means over points, not sums (see `chart_losses`).
-The metric is `indiclip.surface_metric`; windows are laid into images by `indiclip.surface_charts`.
+The metric is `indiclip.tasks.surface_metric`; windows are laid into images by `indiclip.tasks.surface_charts`.
 
 Shape letters: see `indiclip.types`; R windows of a batch, Q people of an image, S points of either, C channels,
 K = 25 parts (0 is the background), h w cells of a window, k x k cells of a token on the fine map.
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from indiclip.head import Frame, Head, Line, Losses, Measure, Panel, Picture, Prediction, Ratio, plain
-from indiclip.surface_charts import (
+from indiclip.tasks.surface_charts import (
     NUM_PARTS,
     Charts,
     People,
@@ -40,7 +40,7 @@ from indiclip.surface_charts import (
     points_of,
     read_cells,
 )
-from indiclip.surface_metric import SurfaceMetric
+from indiclip.tasks.surface_metric import SurfaceMetric
 from indiclip.types import Batch, Features, Rows, in_float32, on_device, random_seeds, targets_of
 
 if TYPE_CHECKING:

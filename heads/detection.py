@@ -1,4 +1,4 @@
-"""Detection: FCOS on a simple feature pyramid (see `indiclip.fcos`), the COCO metric, pictures.
+"""Detection: FCOS on a simple feature pyramid (see `indiclip.tasks.fcos`), the COCO metric, pictures.
 
 Shape letters: see `indiclip.types`; A cells of all scales, C classes, R boxes of a batch, M boxes of an image, K
 detections of an image.
@@ -13,9 +13,15 @@ import torch
 from torch import Tensor
 from torchvision import ops
 
-from indiclip.detection_metric import DETECTION_MEASURES, DetectionMetric, detections, draw_detections, matches_at_half
-from indiclip.fcos import FCOSHead, FCOSOutputs, Locations, Pyramid, assign, fcos_losses, make_locations
 from indiclip.head import Datasets, Frame, Head, Losses, Measure, Picture, Prediction, same_classes
+from indiclip.tasks.detection_metric import (
+    DETECTION_MEASURES,
+    DetectionMetric,
+    detections,
+    draw_detections,
+    matches_at_half,
+)
+from indiclip.tasks.fcos import FCOSHead, FCOSOutputs, Locations, Pyramid, assign, fcos_losses, make_locations
 from indiclip.types import Batch, Features, Rows, class_names, on_device
 
 if TYPE_CHECKING:

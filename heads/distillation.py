@@ -1,7 +1,7 @@
 """Distillation: the student's similarities between images and captions follow those of teachers.
 
 MobileCLIP (Vasu, Pouransari, Faghri, Vemulapalli, Tuzel, CVPR 2024, arXiv:2311.17049), MobileCLIP 2 (Faghri et al.,
-TMLR 2025, arXiv:2508.20691); the formula is in `indiclip.distillation_loss`.
+TMLR 2025, arXiv:2508.20691); the formula is in `indiclip.tasks.distillation_loss`.
 Shape letters: see `indiclip.types`; T teachers.
 """
 
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from indiclip.distillation_loss import DistillationLoss
 from indiclip.head import Head, Losses, Prediction, WholeBatch
-from indiclip.online_teacher import OnlineTeacher
+from indiclip.tasks.distillation_loss import DistillationLoss
+from indiclip.tasks.online_teacher import OnlineTeacher
 from indiclip.types import Batch, Features
 
 if TYPE_CHECKING:

@@ -30,13 +30,13 @@ from indiclip.head import (
     all_captioned,
     plain,
 )
-from indiclip.masked_images import patches_per_side
-from indiclip.masked_metric import MaskedMetric
-from indiclip.masked_towers import Masked, MaskedImageTower, MaskedTextTower
-from indiclip.mismatched_pairs import Matching
-from indiclip.multimodal_encoder import MultimodalEncoder, PredictionHead, Tokens
 from indiclip.names import check_choice
-from indiclip.patch_codebook import Codebook, PatchCodebook
+from indiclip.tasks.masked_images import patches_per_side
+from indiclip.tasks.masked_metric import MaskedMetric
+from indiclip.tasks.masked_towers import Masked, MaskedImageTower, MaskedTextTower
+from indiclip.tasks.mismatched_pairs import Matching
+from indiclip.tasks.multimodal_encoder import MultimodalEncoder, PredictionHead, Tokens
+from indiclip.tasks.patch_codebook import Codebook, PatchCodebook
 from indiclip.teacher import Teacher
 from indiclip.types import Batch, Features, Texts, in_float32, on_device, random_seeds
 
@@ -62,7 +62,7 @@ class MaskedModelling(Head):
     `mim`: hidden patches from the image tower; `mlm`: hidden tokens from the text tower; `mmm_image` and `mmm_text`:
     both from a shallow encoder over both towers' tokens; `itm`: whether image and text are a pair, from its class
     token, for each pair and as many others. An image's other text is that half a step further on; it counts where it
-    has another caption and class. See `indiclip.mismatched_pairs`.
+    has another caption and class. See `indiclip.tasks.mismatched_pairs`.
 
     Masked images and texts are one more pass through the towers. Without another head of the same task, that of the
     whole images, which every step makes, is of no use.

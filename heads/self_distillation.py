@@ -3,7 +3,7 @@
 With options this is the loss of DINOv2 (arXiv:2304.07193), that of SigLIP 2's last fifth (arXiv:2502.14786; SILC,
 arXiv:2310.13355; TIPS, arXiv:2410.16512), and that of TIPSv2 (arXiv:2604.12012).
 
-Shape letters: see `indiclip.types` and `indiclip.self_distillation_losses`.
+Shape letters: see `indiclip.types` and `indiclip.tasks.self_distillation_losses`.
 """
 
 import math
@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from indiclip.block_masks import MaskKind, masks_of
 from indiclip.chunked_cross_entropy import chunked_cross_entropy
 from indiclip.head import Head, ListMetric, Losses, Measure, Prediction, WholeBatch
-from indiclip.masked_images import patches_of_tokens, patches_per_side, with_hidden_tokens
-from indiclip.self_distillation_losses import Centring, Projector, Targets, dino_loss, koleo_loss
+from indiclip.tasks.block_masks import MaskKind, masks_of
+from indiclip.tasks.masked_images import patches_of_tokens, patches_per_side, with_hidden_tokens
+from indiclip.tasks.self_distillation_losses import Centring, Projector, Targets, dino_loss, koleo_loss
 from indiclip.teacher import Teacher
 from indiclip.types import Batch, Features, Images, in_float32, random_seeds
 
@@ -69,7 +69,7 @@ class SelfDistillation(Head):
         final_momentum: That of the run's last step, to which it rises by half a cosine; None is always `momentum`.
         head_only: The teacher has no backbone of its own: it is the student's, in evaluation mode and without a
             gradient, and averages are of the layers alone (TIPSv2). No copy, and no step of the backbone is lost.
-        mask_kind: `block`, `large_block` or `random`, see `indiclip.block_masks.masks_of`.
+        mask_kind: `block`, `large_block` or `random`, see `indiclip.tasks.block_masks.masks_of`.
         mask_share: Of the global crops that have hidden patches.
         mask_ratio: Least and largest share of such a crop's patches that are hidden.
         visible_weight: Of the same loss on patches that are not hidden, a mean over a crop's as that over the hidden

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torchvision.models import detection
 from torchvision.models.detection.image_list import ImageList
 
-from indiclip.detection_metric import DETECTION_MEASURES, DetectionMetric, detections, draw_detections
 from indiclip.export.torchvision_backbone import Pyramid, build_detector
 from indiclip.head import Datasets, Frame, Head, Losses, Measure, Picture, Prediction, same_classes
+from indiclip.tasks.detection_metric import DETECTION_MEASURES, DetectionMetric, detections, draw_detections
 from indiclip.types import Batch, Features, targets_of
 
 if TYPE_CHECKING:

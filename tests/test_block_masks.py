@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from indiclip.block_masks import block_mask, masks_of, predicted_tokens
+from indiclip.tasks.block_masks import block_mask, masks_of, predicted_tokens
 
 
 @pytest.mark.parametrize("grid_hw", [(1, 1), (1, 7), (2, 3), (8, 8), (5, 16)])

@@ -7,9 +7,9 @@ import torch
 from transformers import BlenderbotConfig
 from transformers.models.blenderbot.modeling_blenderbot import BlenderbotDecoder
 
-from indiclip.caption_decoder import CaptionDecoder
-from indiclip.caption_sequences import Prompted, sequences_of
-from indiclip.caption_vocabulary import CaptionVocabulary
+from indiclip.tasks.caption_decoder import CaptionDecoder
+from indiclip.tasks.caption_sequences import Prompted, sequences_of
+from indiclip.tasks.caption_vocabulary import CaptionVocabulary
 
 WIDTH, IDS, POSITIONS = 16, 40, 20
 

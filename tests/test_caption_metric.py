@@ -5,7 +5,7 @@ import math
 import pytest
 from torchmetrics.functional.text import chrf_score
 
-from indiclip.caption_metric import CaptionMetric, chrf, ngram_statistics
+from indiclip.tasks.caption_metric import CaptionMetric, chrf, ngram_statistics
 
 WRITTEN = ["एक लाल पतंग बाज़ार के ऊपर उड़ रही है।", "a red kite, above", "(drums!) two drums", "x", "लाल"]
 REFERENCES = [

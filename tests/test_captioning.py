@@ -13,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from heads.captioning import Captioning
 from indiclip.backbone import NaFlexViT
-from indiclip.caption_sequences import drawn_regions
 from indiclip.encoder import Encoder
 from indiclip.generated.mela import Mela
 from indiclip.head import Frame
@@ -23,6 +22,7 @@ from indiclip.loading.steps import Steps
 from indiclip.module import MultiTask
 from indiclip.planning.counter import count_step
 from indiclip.preprocessing import Preprocessing
+from indiclip.tasks.caption_sequences import drawn_regions
 from indiclip.text import TextTower
 from indiclip.tokenizers import FastTokenizer
 from indiclip.training.record import read_history

@@ -16,8 +16,8 @@ from indiclip.loading.collate import collate
 from indiclip.loading.transforms import Transform
 from indiclip.preprocessing import Preprocessing
 from indiclip.ratios import over_all_ranks
-from indiclip.surface_charts import NUM_PARTS, Charts, People, chart_losses, paste, read_at
-from indiclip.surface_metric import KAPPA, SurfaceMetric, average_precision
+from indiclip.tasks.surface_charts import NUM_PARTS, Charts, People, chart_losses, paste, read_at
+from indiclip.tasks.surface_metric import KAPPA, SurfaceMetric, average_precision
 from indiclip.types import Batch, Features, targets_of
 
 STRIDE, SMALL = 8, {"roi_size": 14, "channels": 32, "num_convs": 1}

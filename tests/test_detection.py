@@ -21,8 +21,8 @@ from torchvision.models.detection import FCOS
 
 from heads.detection import Detection, DetectionMetric, matches_at_half
 from indiclip.encoder import Encoder
-from indiclip.fcos import FCOSOutputs, assign, fcos_losses, giou_loss, make_locations
 from indiclip.ratios import over_all_ranks
+from indiclip.tasks.fcos import FCOSOutputs, assign, fcos_losses, giou_loss, make_locations
 from indiclip.types import Batch, Features, Origin, targets_of
 
 WIDTH = 16

@@ -17,8 +17,8 @@ from indiclip import flex
 from indiclip.checkpoint import load
 from indiclip.losses import logits_of
 from indiclip.module import MultiTask
-from indiclip.online_teacher import OnlineTeacher
 from indiclip.planning.step_model import count_loss
+from indiclip.tasks.online_teacher import OnlineTeacher
 from indiclip.types import Texts
 
 CAPTIONS = ["a kite", "दीया", "a pot", "a kite", "a drum"]

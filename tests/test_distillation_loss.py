@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from processes import on_ranks
 
 from indiclip import chunked_cross_entropy
-from indiclip.distillation_loss import DistillationLoss
+from indiclip.tasks.distillation_loss import DistillationLoss
 
 SCALES = torch.tensor([30.0, 8.0])
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import batch_images, noise
 
-from indiclip.masked_images import patches_of_tokens, patches_per_side, with_hidden_tokens
+from indiclip.tasks.masked_images import patches_of_tokens, patches_per_side, with_hidden_tokens
 
 FIRST, SECOND = np.array([[True, False], [False, False]]), np.array([[False, True]])
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from indiclip.masked_metric import MaskedMetric
+from indiclip.tasks.masked_metric import MaskedMetric
 
 
 def test_accuracies_beside_the_most_frequent_answer():

@@ -20,9 +20,9 @@ from transformers import FlavaConfig, FlavaForPreTraining
 from heads.masked_modelling import LOSSES, MaskedModelling
 from indiclip.encoder import Encoder
 from indiclip.module import MultiTask
-from indiclip.multimodal_encoder import Tokens
-from indiclip.patch_codebook import Codebook
 from indiclip.planning.step_flops import step_flops
+from indiclip.tasks.multimodal_encoder import Tokens
+from indiclip.tasks.patch_codebook import Codebook
 from indiclip.text import TextTower
 from indiclip.timm_backbone import TimmBackbone
 from indiclip.tokenizers import ByteTokenizer

@@ -5,8 +5,8 @@ import pytest
 import torch
 from test_gradients import TEXTS
 
-from indiclip.masked_texts import embedding_of, hidden_behind, hidden_tokens, hide
-from indiclip.masked_towers import MaskedTextTower
+from indiclip.tasks.masked_texts import embedding_of, hidden_behind, hidden_tokens, hide
+from indiclip.tasks.masked_towers import MaskedTextTower
 from indiclip.text import TextTower
 from indiclip.tokenizers import ByteTokenizer
 

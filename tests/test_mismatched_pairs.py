@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from processes import on_ranks
 
-from indiclip.mismatched_pairs import (
+from indiclip.tasks.mismatched_pairs import (
     Keys,
     Matching,
     half_a_step_on,
@@ -16,7 +16,7 @@ from indiclip.mismatched_pairs import (
     order_of_step,
     tokens_of_all_ranks,
 )
-from indiclip.multimodal_encoder import MultimodalEncoder, Tokens
+from indiclip.tasks.multimodal_encoder import MultimodalEncoder, Tokens
 
 W = 8
 

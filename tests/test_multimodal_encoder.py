@@ -5,8 +5,8 @@ from torch import nn
 from transformers import FlavaConfig, FlavaMultimodalConfig
 from transformers.models.flava.modeling_flava import FlavaITMHead, FlavaMaskedPredictionHead, FlavaMultimodalModel
 
-from indiclip.mismatched_pairs import Matching
-from indiclip.multimodal_encoder import MultimodalEncoder, PredictionHead, Tokens
+from indiclip.tasks.mismatched_pairs import Matching
+from indiclip.tasks.multimodal_encoder import MultimodalEncoder, PredictionHead, Tokens
 
 W = 16
 SMALL = {"hidden_size": W, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 4 * W}

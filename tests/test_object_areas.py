@@ -16,11 +16,11 @@ from torchvision.transforms import v2
 from heads.detection import Detection
 from heads.torchvision_detector import TorchvisionDetector
 from indiclip.datasets.coco import CocoDetection
-from indiclip.detection_metric import DetectionMetric
 from indiclip.images import EncodedImage
 from indiclip.loading.collate import collate
 from indiclip.loading.transforms import Transform
 from indiclip.preprocessing import Preprocessing
+from indiclip.tasks.detection_metric import DetectionMetric
 from indiclip.types import Batch, class_names
 
 NAMES = ["ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from processes import on_ranks
 
-from indiclip.patch_codebook import CANDIDATES, Codebook, PatchCodebook
+from indiclip.tasks.patch_codebook import CANDIDATES, Codebook, PatchCodebook
 
 
 def codebook(size=3, decay=0.0, width=2, **options):

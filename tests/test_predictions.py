@@ -27,7 +27,7 @@ from indiclip.images import EncodedImage
 from indiclip.loading.collate import collate
 from indiclip.loading.transforms import Transform
 from indiclip.preprocessing import Preprocessing
-from indiclip.surface_charts import PART_NAMES, paste
+from indiclip.tasks.surface_charts import PART_NAMES, paste
 from indiclip.training.cli import run
 from indiclip.training.predictions import safe_name
 

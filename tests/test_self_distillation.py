@@ -20,7 +20,6 @@ from torchvision.transforms import v2
 
 from heads.self_distillation import SelfDistillation
 from indiclip.backbone import NaFlexViT
-from indiclip.block_masks import masks_of
 from indiclip.encoder import Encoder
 from indiclip.generated.mela import Mela
 from indiclip.head import computed
@@ -30,6 +29,7 @@ from indiclip.loading.views import View
 from indiclip.module import MultiTask
 from indiclip.parameter_groups import parameter_groups
 from indiclip.preprocessing import Preprocessing
+from indiclip.tasks.block_masks import masks_of
 from indiclip.text import TextTower
 from indiclip.tokenizers import ByteTokenizer
 from indiclip.training.ema import EMA

@@ -10,9 +10,9 @@ import torch
 from processes import on_ranks
 from torch.testing import assert_close
 
-from indiclip.block_masks import predicted_tokens
 from indiclip.chunked_cross_entropy import chunked_cross_entropy
-from indiclip.self_distillation_losses import Projector, Targets, dino_loss, koleo_loss, sinkhorn
+from indiclip.tasks.block_masks import predicted_tokens
+from indiclip.tasks.self_distillation_losses import Projector, Targets, dino_loss, koleo_loss, sinkhorn
 
 
 def random(*shape, seed=0):

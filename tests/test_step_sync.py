@@ -20,7 +20,7 @@ from indiclip.loading.data_module import MultiTaskData
 from indiclip.loading.source import Source
 from indiclip.loading.views import View
 from indiclip.module import MultiTask
-from indiclip.patch_codebook import Codebook
+from indiclip.tasks.patch_codebook import Codebook
 from indiclip.training.fault_tolerance.ranks import AgreedStop
 from indiclip.training.fault_tolerance.step_sync import StepSync
 from indiclip.training.record import read_history

@@ -1,6 +1,7 @@
 """The arrows of the design, read from the imports."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -36,17 +37,10 @@ def test_indiclip_never_imports_heads():
 def test_heads_import_the_contract_only_and_never_each_other(head):
     assert of(head, "heads") == set()
     ranks = "indiclip.evals.protocols.cosines"  # a function of numbers, so that training and benchmark rank alike
-    parts = {"indiclip.losses", "indiclip.fcos", "indiclip.detection_metric"}
-    parts |= {f"indiclip.caption_{part}" for part in ("decoder", "metric", "sequences", "vocabulary")}
-    parts |= {"indiclip.chunked_cross_entropy"}
-    parts |= {"indiclip.moving_average", "indiclip.masked_images", "indiclip.ratios", "indiclip.distributed"}
-    parts |= {"indiclip.masked_metric", "indiclip.masked_towers", "indiclip.mismatched_pairs", "indiclip.names"}
-    parts |= {"indiclip.multimodal_encoder", "indiclip.patch_codebook"}
-    parts |= {"indiclip.self_distillation_losses", "indiclip.block_masks", "indiclip.teacher"}
-    parts |= {"indiclip.surface_charts", "indiclip.surface_metric"}
-    parts |= {"indiclip.distillation_loss", "indiclip.online_teacher"}
+    parts = {f"indiclip.{name}" for name in ("losses", "chunked_cross_entropy", "teacher", "moving_average", "ratios")}
+    parts |= {"indiclip.distributed", "indiclip.names"}
     parts |= {"indiclip.export.torchvision_backbone"}  # which imports nothing of ours
-    assert of(head, "indiclip") <= {"indiclip.head", "indiclip.types", *parts, ranks}
+    assert of(head, "indiclip") - of(head, "indiclip.tasks") <= {"indiclip.head", "indiclip.types", *parts, ranks}
 
 
 # Room or file -> the rooms and files that it may import, beside itself. Arrows point one way, so there is no circle.
@@ -56,15 +50,6 @@ ARROWS = {
     "names.py": "",
     "steps.py": "",
     "moving_average.py": "pooling",
-    "masked_images.py": "backbone types block_masks",
-    "masked_texts.py": "text",
-    "masked_towers.py": (
-        "types backbone text masked_images block_masks masked_texts teacher multimodal_encoder patch_codebook"
-    ),
-    "masked_metric.py": "head",
-    "mismatched_pairs.py": "types distributed losses masked_towers multimodal_encoder",
-    "multimodal_encoder.py": "chunked_cross_entropy",
-    "patch_codebook.py": "types names distributed moving_average",
     "strict_yaml.py": "",
     "masking.py": "",
     "json_lines.py": "masking",
@@ -103,21 +88,13 @@ ARROWS = {
     "losses.py": "head logit_chunks softmax_sums autograd",
     "softmax_sums.py": "logit_chunks",
     "logit_chunks.py": "distributed",
-    "distillation_loss.py": "losses logit_chunks chunked_cross_entropy autograd distributed",
-    "online_teacher.py": "types names encoder checkpoint",
-    "self_distillation_losses.py": "distributed logit_chunks",
-    "block_masks.py": "",
     "teacher.py": "types moving_average",
-    "fcos.py": "types ratios",
-    "surface_charts.py": "types ratios",
     "head.py": "types names distributed ratios steps presentation",
     "presentation.py": "types",
-    "surface_metric.py": "head surface_charts",
-    "detection_metric.py": "head presentation",
-    "caption_vocabulary.py": "",
-    "caption_sequences.py": "types caption_vocabulary",
-    "caption_decoder.py": "types",
-    "caption_metric.py": "head presentation",
+    "tasks": (  # what heads of one task are made of
+        "types names distributed autograd ratios backbone text encoder checkpoint head presentation losses logit_chunks"
+        " chunked_cross_entropy moving_average teacher"
+    ),
     "chunked_cross_entropy.py": "types autograd",
     "pretrained": (
         "names quiet lora old_names backbone timm_errors timm_backbone transformers_backbone tokenizers text pooling"
@@ -180,6 +157,19 @@ def test_every_file_has_its_arrows_named():
     skipped = ("__init__.py", "__pycache__", "old_names.yaml")
     there = {entry.name for entry in (ROOT / "indiclip").iterdir() if entry.name not in skipped}
     assert there - {"cli.py"} == set(ARROWS)
+
+
+@pytest.mark.parametrize("folder", ["indiclip/tasks", "tools"])
+def test_no_import_between_the_files_of_a_folder_goes_round(folder):
+    """Those for types alone, which stand under `if TYPE_CHECKING`, do not either."""
+    package = "indiclip.tasks." if folder == "indiclip/tasks" else ""
+    files = {f"{package}{file.stem}": ast.walk(ast.parse(file.read_text())) for file in (ROOT / folder).glob("*.py")}
+    assert len(files) > 10
+    arrows = {
+        name: {node.module for node in nodes if isinstance(node, ast.ImportFrom)} & files.keys()
+        for name, nodes in files.items()
+    }
+    TopologicalSorter(arrows).prepare()  # raises CycleError
 
 
 # Room or file of the benchmark -> what it may import of the benchmark beside itself, in the order of the arrows.

@@ -35,12 +35,12 @@ import torch
 
 from indiclip import json_lines
 from indiclip.datasets.coco import CocoDetection
-from indiclip.detection_metric import DETECTION_MEASURES
 from indiclip.export.exporter import export
 from indiclip.export.source import open_source
 from indiclip.head import same_classes
 from indiclip.masking import mask
 from indiclip.names import did_you_mean
+from indiclip.tasks.detection_metric import DETECTION_MEASURES
 from indiclip.training.report.report import write_report
 from indiclip.training.run_folder import lock, unlock
 

@@ -34,7 +34,6 @@ from indiclip.config_files import SHIPPED, find_config, read_config
 from indiclip.datasets.coco import CocoDetection
 from indiclip.datasets.coco_file import read_coco
 from indiclip.datasets.tables import existing
-from indiclip.detection_metric import DetectionMetric
 from indiclip.encoder import Encoder
 from indiclip.export.new_folder import new_folder
 from indiclip.export.torchvision import as_torchvision, write_detector
@@ -44,6 +43,7 @@ from indiclip.preprocessing import read_upright
 from indiclip.pretrained.read import read_weights
 from indiclip.pretrained.runs import AVERAGES
 from indiclip.pretrained.weights import read_tensors
+from indiclip.tasks.detection_metric import DetectionMetric
 from indiclip.training.cli import run
 from indiclip.training.config_errors import one_line
 

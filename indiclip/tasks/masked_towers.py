@@ -1,7 +1,7 @@
 """Towers on inputs with hidden tokens, and what was hidden: the targets of masked modelling.
 
-Shape letters: see `indiclip.types` and `indiclip.patch_codebook`; K hidden tokens of all samples, k patches along the
-side of an image's token.
+Shape letters: see `indiclip.types` and `indiclip.tasks.patch_codebook`; K hidden tokens of all samples, k patches along
+the side of an image's token.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from indiclip.backbone import Backbone
-from indiclip.block_masks import masks_of
-from indiclip.masked_images import patches_of_tokens, with_hidden_tokens
-from indiclip.masked_texts import embedding_of, hidden_behind, hidden_tokens, hide
-from indiclip.multimodal_encoder import Tokens
-from indiclip.patch_codebook import CANDIDATES, PatchCodebook
+from indiclip.tasks.block_masks import masks_of
+from indiclip.tasks.masked_images import patches_of_tokens, with_hidden_tokens
+from indiclip.tasks.masked_texts import embedding_of, hidden_behind, hidden_tokens, hide
+from indiclip.tasks.multimodal_encoder import Tokens
+from indiclip.tasks.patch_codebook import CANDIDATES, PatchCodebook
 from indiclip.teacher import Teacher
 from indiclip.text import TextTower
 from indiclip.types import Features, Images, Texts, in_float32, moved

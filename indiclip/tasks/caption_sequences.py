@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from indiclip.caption_vocabulary import CaptionVocabulary
+from indiclip.tasks.caption_vocabulary import CaptionVocabulary
 from indiclip.types import Batch, class_names, random_seeds
 
 

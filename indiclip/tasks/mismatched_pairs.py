@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from indiclip.distributed import alone, dealt_rows, rank_and_world
 from indiclip.losses import caption_ids
-from indiclip.masked_towers import tokens_of
-from indiclip.multimodal_encoder import MultimodalEncoder, Tokens
+from indiclip.tasks.masked_towers import tokens_of
+from indiclip.tasks.multimodal_encoder import MultimodalEncoder, Tokens
 from indiclip.types import Batch, Features, Texts, in_float32, moved, on_device, random_seeds
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from indiclip.backbone import Backbone
-from indiclip.block_masks import predicted_tokens
+from indiclip.tasks.block_masks import predicted_tokens
 from indiclip.types import Images, moved
 
 

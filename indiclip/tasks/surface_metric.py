@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from indiclip.head import ListMetric, Prediction
-from indiclip.surface_charts import coarse_targets, points_of, read_cells
+from indiclip.tasks.surface_charts import coarse_targets, points_of, read_cells
 
 KAPPA = 0.255  # of the geodesic point similarity (Güler et al., CVPR 2018, section 3)
 
