@@ -314,12 +314,12 @@ class MaskedModelling(Head):
             found[f"{name}_explained"] = Measure(f"{words}: share of the teacher's vectors explained", "higher")
         return found
 
-    def visualize(self, image_HW3: np.ndarray, prediction: Prediction, target: Prediction) -> Picture:
+    def visualize(self, image_HW3: np.ndarray, prediction: Prediction, target: Prediction) -> Picture | None:
         """The image, what was hidden of it, and the codebook's patches that were guessed."""
         text = f"its caption belongs to it: {prediction['match']:.0%}" if "match" in prediction else ""
         name = next((name for name in ("mmm_image", "mim") if name in prediction), None)
         if name is None or self.codebook is None:
-            return image_HW3, text
+            return (image_HW3, text) if text else None
         patches = self.codebook.pixels(prediction[name][0].to(self.codebook.sums_CP.device)).cpu().numpy()
         side = round((patches.shape[1] / 3) ** 0.5)
         hidden_HW3, guessed_HW3 = image_HW3.copy(), image_HW3.copy()

@@ -232,15 +232,16 @@ class Head(nn.Module, ABC):
         """
         return {}
 
-    def visualize(self, image_HW3: np.ndarray, prediction: Prediction, target: Prediction) -> Picture:
-        """A held-out image with the prediction on it, beside the truth, and what is said below, for the report.
+    def visualize(self, image_HW3: np.ndarray, prediction: Prediction, target: Prediction) -> Picture | None:
+        """A held-out image with the prediction on it, beside the truth, and what is said below, for the report; None,
+        as of a head that does not say otherwise, where there is nothing to see.
 
         Args:
             image_HW3: uint8 RGB, the resized image.
             prediction: One item of `predict`, on the CPU.
             target: The targets of this image, see `targets_of`, and `class_names` of its source.
         """
-        return image_HW3, ""
+        return None
 
     def to_json(self, prediction: Prediction, frame: Frame) -> dict[str, Any]:
         """What `indiclip predict` writes of an image: values that JSON has, in pixels of the original image.

@@ -234,6 +234,20 @@ def test_pictures_need_no_truth(trained, tmp_path):
     assert listed["categories"] == [{"id": i, "name": name} for i, name in enumerate(IDS, 1)]  # the file's are unknown
 
 
+def test_a_head_that_draws_nothing_has_no_pictures(tmp_path):
+    """Its predictions are codes that its metric reads."""
+    assert fit(tmp_path, config(), "--config", "methods/dinov2") == 0
+    run_folder = tmp_path / "runs" / "experiment"
+    page = (run_folder / "report.html").read_text()
+    assert "Image-text matching: held-out images" in page
+    assert "Self-distillation: held-out images" not in page
+    assert "Self-distillation" in page  # its score
+    assert command("predict", run_folder, "--pictures", "2") == 0
+    heads = [content["heads"] for content in predicted(run_folder).values() if "heads" in content]
+    assert [[name for name in found if "picture" in found[name]] for found in heads].count(["contrastive"]) == 2
+    assert len([*run_folder.rglob("*.jpg")]) == 2
+
+
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 def test_the_frame_is_that_of_the_upright_image(orientation):
     """A bright patch in a photo that is stored lying: its box, moved to the model's pixels and back, is on it."""

@@ -124,7 +124,8 @@ class PredictionWriter(Callback):
                 self._pictures_left[f"{task} {head.name}"] = left - 1
                 file = stem.with_name(f"{stem.name}.{head.name}.jpg")
                 words = _write_picture(file, head, prediction, batch, image)
-                heads[head.name]["picture"] = {"file": file.name, "words": words}
+                if words is not None:
+                    heads[head.name]["picture"] = {"file": file.name, "words": words}
         height, width = frame.size_hw
         file = stem.with_name(f"{stem.name}.json")
         file_name = names[image] if names else None
@@ -193,10 +194,13 @@ def _image_ids(keys: list[str]) -> Sequence[int]:
     return [int(key) for key in keys] if all(map(_COCO_ID.fullmatch, keys)) else range(1, len(keys) + 1)
 
 
-def _write_picture(file: Path, head: Head, prediction: Prediction, batch: Batch, image: int) -> str:
-    """Draw what a head found; returns the words below it."""
+def _write_picture(file: Path, head: Head, prediction: Prediction, batch: Batch, image: int) -> str | None:
+    """Draw what a head found; returns the words below it, None where it draws nothing."""
     target = move_data_to_device(targets_of(batch, image), "cpu") | {"class_names": class_names(batch)}
-    pixels, said = head.visualize(unpatchify(batch["images"], image), prediction, target)
+    picture = head.visualize(unpatchify(batch["images"], image), prediction, target)
+    if picture is None:
+        return None
+    pixels, said = picture
     panels = [Panel(pixels)] if isinstance(pixels, np.ndarray) else pixels
     content = io.BytesIO()
     _side_by_side(panels).save(content, "JPEG", quality=90)

@@ -162,15 +162,14 @@ def held_out_pictures(module: "MultiTask", batches: Sequence[Step], per_head: in
     for step in batches:
         step = module.transfer_batch_to_device(step, module.device, 0)
         for name, head, predictions, _, batch in module.predictions(step):
-            if not any(predictions):  # a head that only teaches
-                continue
             pictures = sections.setdefault(name, [])
             for i, prediction in enumerate(predictions[: per_head - len(pictures)]):
                 prediction, target = move_data_to_device((prediction, targets_of(batch, i)), "cpu")
                 target["class_names"] = class_names(batch)
-                pictures.append(head.visualize(unpatchify(batch["images"], i), prediction, target))
+                picture = head.visualize(unpatchify(batch["images"], i), prediction, target)
+                pictures += [] if picture is None else [picture]
     module.train(was_training)
-    return sections
+    return {name: pictures for name, pictures in sections.items() if pictures}  # some heads only teach
 
 
 class LanguageTable(NamedTuple):
