@@ -1,6 +1,6 @@
 """All that only a GPU can show, offline, in parts of at most nine minutes, the most valuable first.
 
-    python tools/gpu_check.py                        # 40 minutes at most; goes on where an earlier call ended
+    python tools/gpu_check.py                        # 45 minutes at most; goes on where an earlier call ended
     python tools/gpu_check.py --parts b16 losses     # only these, again
     python tools/gpu_check.py --device cpu --tiny    # the same on towers of a few numbers, to try it
 
@@ -10,6 +10,7 @@ results. Packages that are absent are named and left out.
 
 Parts:
   tests   the tests that are marked `gpu`
+  methods every page of conf/methods on the quickstart, for some steps in bfloat16
   b16     ViT-B/16 at 224 px, 256 pairs, beside OpenCLIP's: eager and compiled, bfloat16 and float8; MFU
   l14     ViT-L/14, 128 pairs, likewise
   packed  B/16 on images of all sizes: packed, beside padded
@@ -32,6 +33,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -67,7 +69,7 @@ from indiclip.sharding import compile_blocks
 from indiclip.tokenizers import FastTokenizer
 
 ROOT = Path(__file__).parent.parent
-MINUTES = {"tests": 6, "b16": 7, "l14": 8, "packed": 3, "tasks": 4, "fit": 4, "losses": 4, "profile": 3}
+MINUTES = {"tests": 6, "methods": 5, "b16": 7, "l14": 8, "packed": 3, "tasks": 4, "fit": 4, "losses": 4, "profile": 3}
 TINY = replace(SMALL, width=64, depth=2, pixels=64, heads=1, text_width=64, text_depth=1, text_heads=1, embed=64)
 Row = dict[str, Any]
 
@@ -88,6 +90,23 @@ class Check:
         print(ended.stdout, ended.stderr)
         lines = [line for line in ended.stdout.splitlines() if line.strip()]
         yield {"what": "pytest -m gpu", "exit status": ended.returncode, "result": lines[-1] if lines else ""}
+
+    def methods(self) -> Iterator[Row]:
+        pages = sorted(file.stem for file in (ROOT / "conf" / "methods").glob("*.yaml"))
+        with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
+            yield from pool.map(self._method, pages[:1] if self.tiny else pages)
+
+    def _method(self, page: str) -> Row:
+        words = ["fit", "--config", "quickstart", "--config", f"methods/{page}", "--name", page]
+        words += ["--runs", str(self.out / "methods"), "--trainer.max_steps", "4", "--data.steps_per_epoch", "2"]
+        words += ["--config", "cluster/one_gpu"] if self.device == "cuda" else ["--trainer.accelerator", "cpu"]
+        begin = time.perf_counter()
+        ended = subprocess.run([sys.executable, "-m", "indiclip", *words], cwd=ROOT, capture_output=True, text=True)
+        row = {"what": page, "exit status": ended.returncode, "s": time.perf_counter() - begin}
+        if ended.returncode:
+            print(ended.stdout, ended.stderr)
+            row["said"] = (ended.stderr.strip().splitlines() or [""])[-1]
+        return row
 
     def b16(self) -> Iterator[Row]:
         yield from self._beside_open_clip(TINY if self.tiny else B16, 8 if self.tiny else 256)
