@@ -6,7 +6,7 @@ Shape letters: see `indiclip.types`; C classes, L trained embedding lengths, S t
 from collections.abc import Sequence
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -109,13 +109,19 @@ class Contrastive(Head):
 
     def loss(self, features: Features, batch: Batch, encoder: "Encoder") -> WholeBatch:
         captions = self.target(batch, "caption")
-        self._class_text.clear()  # the weights are about to change
         image_BD, text_BD = encoder.pool_features(features), encoder.pool_text(captions)
         # Not blocking: else the CPU would wait here until the GPU has embedded everything.
         ids_B = caption_ids(captions).to(image_BD.device, non_blocking=True)
         rows = (image_BD, text_BD, _labels(batch, image_BD), ids_B, caption_languages(batch))
         mixed = [batch["targets"][name] for name in ("mix_partner", "mix_share") if name in batch["targets"]]
         return WholeBatch(partial(self.pair_losses, encoder), (*rows, *mixed))
+
+    def after_step(self, encoder: "Encoder", progress: float, made: Tensor) -> None:
+        self.criterion.bound_scale()
+
+    def train(self, mode: bool = True) -> Self:
+        self._class_text.clear()  # other heads may have trained the text tower since the last validation
+        return super().train(mode)
 
     def pair_losses(
         self,

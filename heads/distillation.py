@@ -80,6 +80,9 @@ class Distillation(Head):
             taught = tuple(self.target(batch, name).values.unflatten(0, (len(captions), -1)) for name in names)
         return WholeBatch(partial(self.distances, encoder), (image_BD, text_BD, *taught))
 
+    def after_step(self, encoder: "Encoder", progress: float, made: Tensor) -> None:
+        self.distance.bound_scale()
+
     def distances(
         self,
         encoder: "Encoder",

@@ -7,6 +7,7 @@ Shape letters: see `indiclip.types`; K hidden patches or tokens of all samples, 
 losses, R micro-batches.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from indiclip.distributed import sum_over_ranks
 from indiclip.head import (
     Datasets,
     Frame,
@@ -214,7 +216,7 @@ class MaskedModelling(Head):
         logged: dict[str, Tensor] = {}
         if self.codebook is not None:
             self.codebook.see(rows["sums_RCQ"], rows["candidates_BJP"])
-            share_C = F.normalize(rows["sums_RCQ"].detach().sum(0)[:, -1], p=1, dim=0)
+            share_C = F.normalize(sum_over_ranks(rows["sums_RCQ"].detach().sum(0)[:, -1]), p=1, dim=0)
             logged["code_perplexity"] = torch.special.entr(share_C).sum().exp()
         if self.matching is not None and self.multimodal is not None:
             num_parts = len(rows["sums_RL"])
@@ -259,7 +261,10 @@ class MaskedModelling(Head):
             errors_KD = F.smooth_l1_loss(in_float32(predictor(tokens_KD)), of.targets, reduction="none", beta=_BETA)
             return errors_KD.mean(1).sum()
         total = predictor.cross_entropy(tokens_KD, of.targets)
-        return total * self.codebook.is_learned if self.codebook is not None and name in _OF_PATCHES else total
+        if self.codebook is None or name not in _OF_PATCHES:
+            return total
+        guessing = len(tokens_KD) * math.log(self.options.size)  # in the first step, which has no codes yet
+        return torch.where(self.codebook.is_learned, total, guessing)
 
     def predict(self, features: Features, batch: Batch, encoder: "Encoder") -> list[Prediction]:
         """For each masked loss `<loss>`, what was guessed and what is true: (2, K), or (2, K, D). `hidden`: which

@@ -125,6 +125,8 @@ class SelfDistillation(Head):
             raise ValueError(
                 f"heads.{self.name}.mask_ratio: found {list(mask_ratio)}; expected 0 <= least <= largest <= 1"
             )
+        if visible_weight and not ibot_weight:
+            raise ValueError(f"heads.{self.name}.visible_weight: found {visible_weight:g} without an ibot_weight")
         if not dino_weight and not ibot_weight:
             raise ValueError(f"heads.{self.name}: dino_weight and ibot_weight are 0; expected one of them above")
         self.global_view, self.local_view = global_view, local_view if dino_weight else None

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from indiclip.autograd import with_gradients
 from indiclip.head import Head
@@ -65,7 +66,7 @@ class PairLoss(nn.Module, ABC):
             loss is their mean (Matryoshka, arXiv 2205.13147). None is the full length alone.
         length_weights: share of each length, >= 0 and of any sum; None weighs all the same.
         init_logit_scale: factor on the cosines at the start, one over the temperature; None is the paper's.
-        max_logit_scale: most that it may become.
+        max_logit_scale: most that it may become, see `bound_scale`.
         key: what messages have before the names of these, such as `heads.contrastive.`.
 
     Attributes:
@@ -104,7 +105,8 @@ class PairLoss(nn.Module, ABC):
         self.length_weights = [weight / sum(weights) for weight in weights]
 
     def begin_with(self, logits: Mapping[str, float]) -> None:
-        """Take `logit_scale` and `logit_bias` of a pretrained model, those that are given.
+        """Take `logit_scale` and `logit_bias` of a pretrained model, those that are given. A factor above
+        `max_logit_scale`, as of SigLIP, which has no such bound, is the bound from then on.
 
         Raises:
             ValueError: This loss has no such parameter.
@@ -116,20 +118,26 @@ class PairLoss(nn.Module, ABC):
                     "logit_scale, or another loss"
                 )
             nn.init.constant_(getattr(self, name), value)
+        self.max_log_scale = max(self.max_log_scale, logits.get("logit_scale", -math.inf))
+
+    @torch.no_grad()
+    def bound_scale(self) -> None:
+        """Bring the temperature back within `max_logit_scale`, unless it is frozen: after each step of the optimizer.
+
+        A clamp in the forward pass would do less: in the graph it would zero the gradient above the bound, on the value
+        alone it would let the parameter run far above it, and of a sharded parameter it would reach a copy.
+        """
+        if self.logit_scale.requires_grad:
+            parameter = self.logit_scale
+            own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            own.clamp_(max=self.max_log_scale)
 
     @abstractmethod
     def example(self, num_pairs: int, embed_dim: int) -> dict[str, Tensor]:
         """Arguments of `forward` for so many pairs of a rank, all zeros, by which it is counted what that does."""
 
     def _scale(self, dtype: torch.dtype) -> Tensor:
-        """Returns the factor on the cosines (1,), at most `max_logit_scale` unless it is frozen.
-
-        The parameter itself is clamped, outside of autograd: a clamp in the graph would zero the gradient
-        above the bound, and one on the value alone would let the parameter run far above it.
-        """
-        if self.logit_scale.requires_grad:
-            with torch.no_grad():
-                self.logit_scale.clamp_(max=self.max_log_scale)
+        """Returns the factor on the cosines (1,)."""
         return self.logit_scale.to(dtype).exp()
 
     def _weighted_lengths(self, full_length: int) -> list[tuple[int, float]]:

@@ -386,6 +386,8 @@ class MultiTask(L.LightningModule):
         if "optimizer_states" not in checkpoint:
             raise ValueError("--ckpt_path: found weights only (save_weights_only), with which no training can go on")
         self._begun = {*checkpoint.get("begun_heads", self.heads)}  # a run without the entry began all with itself
+        for schedule in checkpoint["lr_schedulers"]:
+            schedule["lr_lambdas"] = []  # of its own groups, of which the config may have fewer; it has its factors
         for state in checkpoint["optimizer_states"]:
             optim.name_old_groups(self, state["param_groups"], self.lr_scale)
 

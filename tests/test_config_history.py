@@ -148,6 +148,20 @@ def test_another_optimizer_is_refused_always(tmp_path, capsys):
     assert going_on(tmp_path, config(), "--model.optimizer", "timm.optim.Lion", *flags) == 0
 
 
+@pytest.mark.parametrize("begun", [{"model__layer_decay": 0.5}, {}])
+def test_rates_by_layer_may_come_and_go(begun, tmp_path):
+    """The optimizer has other groups then, more or fewer."""
+    assert fit(tmp_path, config(**begun)) == 0
+    rates = [] if begun else ["--model.layer_decay", "0.5"]
+    assert going_on(tmp_path, config(), "--trainer.max_steps", "3", *rates) == 0
+    last = torch.load(tmp_path / FOLDER / "checkpoints" / "last.ckpt", weights_only=True)
+    scales = {group["lr_scale"] for group in last["optimizer_states"][0]["param_groups"]}
+    assert (len(scales) > 1) == (not begun)
+    assert [len(schedule["base_lrs"]) for schedule in last["lr_schedulers"]] == [
+        len(last["optimizer_states"][0]["param_groups"])
+    ]
+
+
 def test_the_config_of_each_stretch_is_kept(tmp_path):
     """`config.yaml` is what made the newest steps; what ran before is beside it by its last step; what never ran is not
     there."""

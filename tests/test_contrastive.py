@@ -402,6 +402,21 @@ def test_other_weights_are_scored_by_their_own_class_texts():
     assert not torch.allclose(before, head._class_text[names][-1], atol=1e-3)
 
 
+def test_a_text_tower_that_others_train_is_scored_by_its_own_class_texts():
+    """Such as a distillation that begins before this head, which is scored from the first validation on."""
+    names = ("kite", "drum")
+    head, batch, encoder = Contrastive(), caption_batch(list(names), labels=[0, 1]), tiny_encoder().eval()
+    batch["origin"] = Origin("contrastive", classes=names)
+    head.bind(encoder)
+    for seed in range(2):
+        head.eval()
+        with torch.no_grad():
+            encoder.text_projection.weight.copy_(tiny_encoder(seed=seed).text_projection.weight)
+            head.predict(encoder.features(batch["images"]), batch, encoder)
+            torch.testing.assert_close(head._class_text[names][-1], encoder.embed_text(list(names)))
+        head.train()
+
+
 def test_mistakes_name_the_key():
     for template in ("a photo", "{} {}"):
         with pytest.raises(ValueError, match="heads.contrastive.templates"):

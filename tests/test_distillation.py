@@ -1,5 +1,7 @@
 """The distillation head: with a cache, with a teacher beside, across ranks and shards, and when a run goes on."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -63,10 +65,31 @@ def test_a_teacher_beside_is_its_own_cache(tmp_path):
     first, second = (loss_of(head, batch, student) for head in (online, Distillation(task="t")))
     assert first.item() == pytest.approx(second.item(), rel=2e-3)  # of float16
     assert first.item() > 0.01
-    assert not any("teacher" in name for name in online.state_dict())
+    assert [name for name in online.state_dict() if "teacher" in name] == ["teacher.crc32"]
     assert [name for name, _ in online.named_parameters()] == ["distance.logit_scale"]
     other = Distillation(OnlineTeacher(file, logit_scale=50.0), task="t")
     assert loss_of(other, batch, student).item() > 2 * first.item()
+
+
+def test_a_run_that_goes_on_with_another_teacher_says_so(tmp_path):
+    """As where the teacher's run has gone on meanwhile."""
+    student, batch = tiny_encoder(0), caption_batch(CAPTIONS)
+    file = save(tiny_encoder(1), tmp_path / "teacher.ckpt")
+
+    def going_on(state):
+        head = Distillation(OnlineTeacher(file), task="t")
+        head.bind(student)
+        head.load_state_dict(state or head.state_dict())
+        head.loss(student.features(batch["images"]), batch, student)
+        return head.state_dict()
+
+    begun = going_on(None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        going_on(begun)
+    save(tiny_encoder(2), tmp_path / "teacher.ckpt")
+    with pytest.warns(UserWarning, match=r"heads.distillation.teacher.weights: .*teacher.ckpt: has other weights \("):
+        assert going_on(begun)["teacher.crc32"] != begun["teacher.crc32"]
 
 
 def test_a_copy_of_the_student_stays_as_it_is_and_is_saved():

@@ -196,6 +196,24 @@ def test_a_resumed_run_has_the_weights_and_averages_of_the_uninterrupted_one(tmp
         assert all(torch.equal(left[name], right[name]) for name in left)
 
 
+class SaveFirst(Callback):
+    """Saves at the end of each step, as a callback that stops a run does, before those behind it are told of it."""
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.save_checkpoint(f"{trainer.default_root_dir}/first-{trainer.global_step}.ckpt")
+
+
+def test_a_checkpoint_of_a_callback_before_it_has_the_averages_of_this_step(tmp_path):
+    tree = run_config(steps=3)
+    tree["trainer"]["callbacks"].insert(0, {"class_path": "test_ema.SaveFirst"})
+    assert fit(tmp_path, tree) == 0
+    (first,) = tmp_path.rglob("first-3.ckpt")
+    last = tmp_path / "runs" / "experiment" / "checkpoints" / "last.ckpt"
+    found, expected = (torch.load(file, weights_only=True)["averages"] for file in (first, last))
+    assert found["num_updates"] == expected["num_updates"] == 2
+    torch.testing.assert_close(found["state_dict"], expected["state_dict"], rtol=0, atol=0)
+
+
 def learner():
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
@@ -232,7 +250,7 @@ def test_averages_of_a_sharded_model_are_shards_and_those_of_one_process(tmp_pat
         answers = learn(module, ema)
         placements = {name: tensor.placements for name, tensor in module.state_dict().items()}
         checkpoint = {"state_dict": module.state_dict()}
-        ema.on_save_checkpoint(None, module, checkpoint)
+        ema.on_save_checkpoint(SimpleNamespace(training=False), module, checkpoint)
         assert all(isinstance(tensor, DTensor) for tensor in checkpoint["state_dict"].values())
         ema._swap_out(module)
         trained = {name: tensor.full_tensor() for name, tensor in module.state_dict().items()}

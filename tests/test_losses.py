@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from processes import on_ranks
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.fsdp import fully_shard
@@ -192,16 +193,44 @@ def test_gradients_are_those_of_finite_differences(loss_class, lengths):
 def test_scale_is_clamped_at_100_and_comes_back(loss_class):
     image_BE, text_BE = _pairs()
     loss = loss_class().double()
-    at_bound = loss_class().double()
     nn.init.constant_(loss.logit_scale, 10.0)
-    nn.init.constant_(at_bound.logit_scale, math.log(100))
-    value = loss(image_BE, text_BE)  # pairs at random: a lower scale is better
-    torch.testing.assert_close(value, at_bound(image_BE, text_BE), **EXACT)
+    loss.bound_scale()
     assert loss.logit_scale.item() == pytest.approx(math.log(MAX_LOGIT_SCALE))
+    value = loss(image_BE, text_BE)  # pairs at random: a lower scale is better
     value.backward()
     torch.optim.SGD(loss.parameters(), lr=0.01).step()
+    loss.bound_scale()
     assert loss.logit_scale.item() < math.log(MAX_LOGIT_SCALE) - 0.01
     assert loss(image_BE, text_BE) < value
+
+
+@BOTH
+def test_a_pretrained_scale_above_the_bound_is_the_bound(loss_class):
+    """SigLIP's are, such as 117.3 of its B/16: it has no bound."""
+    loss = loss_class()
+    loss.begin_with({"logit_scale": 4.765})
+    loss.bound_scale()
+    assert loss.logit_scale.item() == pytest.approx(4.765)
+    nn.init.constant_(loss.logit_scale, 5.0)
+    loss.bound_scale()
+    assert loss.logit_scale.item() == pytest.approx(4.765)
+
+
+def test_the_scale_of_a_sharded_loss_is_bounded(tmp_path):
+    """FSDP2 on two gloo ranks: the shard itself, which is what the optimizer changes."""
+
+    def work(rank):
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        loss = SoftmaxLoss(init_logit_scale=100.0)
+        fully_shard(loss, mesh=init_device_mesh("cpu", (2,)))
+        with torch.no_grad():
+            loss.logit_scale.add_(0.5)
+        loss.bound_scale()
+        return loss.logit_scale.full_tensor().item()
+
+    assert on_ranks(2, work, tmp_path) == pytest.approx([math.log(100)] * 2)
 
 
 @BOTH

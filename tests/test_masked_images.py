@@ -54,3 +54,9 @@ def test_tokens_of_part_of_a_patch_are_refused(stride):
     with pytest.raises(ValueError, match=f"key: the backbone's tokens are {stride} pixels apart.* or nothing$"):
         patches_per_side(backbone(stride), "key", ", or nothing")
     assert patches_per_side(backbone(16), "key") == 2
+
+
+def test_a_canvas_with_a_part_of_a_token_is_refused():
+    """Some models round it up and others down."""
+    with pytest.raises(ValueError, match=r"heads.x: model.encoder.backbone.canvas_hw is \[40, 48\].* multiples of 16"):
+        patches_per_side(backbone(16, 8, (40, 48)), "heads.x")

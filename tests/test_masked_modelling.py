@@ -1,6 +1,7 @@
 """Masked modelling and matching: losses against transformers' FLAVA, and runs on parts, ranks and after a stop."""
 
 import copy
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from experiments import config, fit
 from fake_gpu import NoWaits, moved, on_fake_gpu, step_batch
 from helpers import ARCHITECTURE, batch_images, caption_batch, noise, packed, step_losses, tiny_encoder
+from processes import on_ranks
 from test_sharding import fitted, largest_difference, sharded, weights
 from test_throughput import steps as flops_steps
 from test_views import STOP
@@ -19,6 +21,7 @@ from transformers import FlavaConfig, FlavaForPreTraining
 
 from heads.masked_modelling import LOSSES, MaskedModelling
 from indiclip.encoder import Encoder
+from indiclip.head import computed
 from indiclip.module import MultiTask
 from indiclip.planning.step_flops import step_flops
 from indiclip.tasks.multimodal_encoder import Tokens
@@ -26,7 +29,7 @@ from indiclip.tasks.patch_codebook import Codebook
 from indiclip.text import TextTower
 from indiclip.timm_backbone import TimmBackbone
 from indiclip.tokenizers import ByteTokenizer
-from indiclip.types import Batch, Origin
+from indiclip.types import Batch, Origin, part_of
 
 CODES = 6
 SMALL = {"width": 32, "depth": 1, "num_heads": 2, "codebook": Codebook(CODES)}
@@ -126,6 +129,28 @@ def test_losses_are_flavas():
     for name in ("itm", "mmm_image", "mmm_text"):
         assert getattr(expected, name).item() == pytest.approx(ours[name].item(), rel=1e-5), name
     torch.testing.assert_close(class_BW, pairs[0])
+
+
+def test_without_codes_what_is_lost_is_that_of_a_guess():
+    """In the first step, so that GradNorm compares the later ones with something."""
+    encoder, batch = tiny_encoder(), mixed_batch()
+    head = head_on(encoder)
+    terms = step_losses(head.loss(encoder.features(batch["images"]), batch, encoder)).terms
+    for name in ("mim", "mmm_image"):
+        assert terms[name].item() == pytest.approx(math.log(head.options.size))
+    assert torch.autograd.grad(terms["mim"], head.predictors["mim"].parameters())[0].abs().max() == 0
+
+
+def test_the_perplexity_of_codes_is_that_of_all_ranks(tmp_path):
+    encoder, batch = tiny_encoder(), mixed_batch()
+    head = learnt(head_on(encoder, losses={"mim": 1.0}), encoder, batch)
+
+    def perplexity(batch):
+        found = computed(head.loss(encoder.features(batch["images"]), batch, encoder))
+        return found.logged["code_perplexity"].item()
+
+    of_ranks = on_ranks(2, lambda rank: perplexity(part_of(batch, 3 * rank, 3 * rank + 3)), tmp_path)
+    assert of_ranks == pytest.approx([perplexity(batch)] * 2)
 
 
 @pytest.mark.parametrize("hard_negatives", [False, True])

@@ -74,6 +74,15 @@ def test_codes_stay_after_their_time_and_are_pixels():
     assert book.pixels(torch.tensor([0, 1, 2])).tolist() == [[150, 0], [255, 100], [105, 100]]
 
 
+def test_a_head_that_begins_after_the_time_of_the_codes_gets_the_first_ones():
+    book = codebook(until=0.5)
+    learn(book, clusters()[0], progress=0.8)
+    assert book.is_learned
+    before = book.codes_CP
+    learn(book, clusters(1)[0], progress=0.9)
+    assert torch.equal(book.codes_CP, before)
+
+
 def test_two_ranks_learn_the_codes_of_one(tmp_path):
     patches = [clusters(step, 48)[0].double() for step in range(3)]
 

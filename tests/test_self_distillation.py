@@ -329,6 +329,11 @@ def test_it_reads_views_alone_so_that_the_images_beside_them_may_be_mixed():
     assert computed(head.loss(None, batch, encoder)).terms["dino"].isfinite()
 
 
+def test_what_patches_count_is_asked_with_a_loss_of_patches_alone():
+    with pytest.raises(ValueError, match="heads.self_distillation.visible_weight: found 0.5 without an ibot_weight"):
+        SelfDistillation(ibot_weight=0.0, visible_weight=0.5)
+
+
 def test_one_view_has_nothing_to_be_compared_with():
     head = SelfDistillation(**SMALL, local_view=None)
     head.check_views({"global": 2})

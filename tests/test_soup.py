@@ -79,16 +79,17 @@ def test_a_soup_is_a_run(runs, tmp_path, capsys, monkeypatch):
     assert "found weights only" in capsys.readouterr().err
 
 
-def test_greedy_takes_what_makes_the_score_no_worse():
-    """By hand, the score being minus the distance to 0: 1, then with -2 in it 0.5; 9 would make it worse."""
+@pytest.mark.parametrize("sign", [1, -1])
+def test_greedy_takes_what_makes_the_score_no_worse(sign):
+    """By hand, the score being the distance to 0: 1, then with -2 in it 0.5; 9 would make it worse."""
     ingredients = {name: {"w": torch.tensor([value])} for name, value in {"c": 9.0, "b": -2.0, "a": 1.0}.items()}
     rows = [{"name": name} for name in ingredients]
-    taken, average = _greedy(ingredients, rows, lambda tensors: -tensors["w"].abs().item())
+    taken, average = _greedy(ingredients, rows, lambda tensors: sign * -tensors["w"].abs().item(), sign)
     assert taken == ["a", "b"]
     assert average.tensors()["w"].item() == -0.5
-    assert rows == [{"name": "c", "alone": -9.0, "with": pytest.approx(-8 / 3)},
-                    {"name": "b", "alone": -2.0, "with": -0.5},
-                    {"name": "a", "alone": -1.0}]  # fmt: skip
+    assert rows == [{"name": "c", "alone": sign * -9.0, "with": pytest.approx(sign * -8 / 3)},
+                    {"name": "b", "alone": sign * -2.0, "with": sign * -0.5},
+                    {"name": "a", "alone": sign * -1.0}]  # fmt: skip
 
 
 def test_greedy_scores_what_validation_scores(runs, tmp_path, capsys):
@@ -117,6 +118,12 @@ def test_what_cannot_be_averaged_is_one_line(runs, tmp_path, capsys):
         (line,) = capsys.readouterr().err.splitlines()
         assert message in line
         assert not (tmp_path / "soup").exists()
+    adapted = torch.load(f"{runs['a']}/checkpoints/last.ckpt", weights_only=True)
+    adapted["encoder"]["lora"] = {"r": 8}
+    for name in ("first.ckpt", "second.ckpt"):
+        torch.save(adapted, tmp_path / name)
+    assert main(["soup", str(tmp_path / "first.ckpt"), str(tmp_path / "second.ckpt"), *out]) != 0
+    assert "first.ckpt: has LoRA's adapters (model.encoder.lora)" in capsys.readouterr().err
     assert main(["soup", runs["a"], "--out", runs["b"]]) != 0
     assert "is there already and holds something" in capsys.readouterr().err
 

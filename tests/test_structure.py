@@ -92,8 +92,8 @@ ARROWS = {
     "head.py": "types names distributed ratios steps presentation",
     "presentation.py": "types",
     "tasks": (  # what heads of one task are made of
-        "types names distributed autograd ratios backbone text encoder checkpoint head presentation losses logit_chunks"
-        " chunked_cross_entropy moving_average teacher"
+        "types names distributed autograd ratios backbone text pretrained encoder checkpoint head presentation losses"
+        " logit_chunks chunked_cross_entropy moving_average teacher"
     ),
     "chunked_cross_entropy.py": "types autograd",
     "pretrained": (

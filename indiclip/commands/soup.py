@@ -45,8 +45,7 @@ def run(
     ingredients = Ingredients(sources, first, weights)
     rows: list[dict[str, Any]] = [{"name": source} for source in sources]
     if greedy:
-        score = _scorer(first, config, monitor, -1 if mode == "min" else 1)
-        taken, average = _greedy(ingredients, rows, score)
+        taken, average = _greedy(ingredients, rows, _scorer(first, config, monitor), -1 if mode == "min" else 1)
     else:
         taken, average = sources, Average()
         for source in sources:
@@ -70,6 +69,11 @@ class Ingredients:
         repeated = [source for number, source in enumerate(sources) if source in sources[:number]]
         if repeated:
             raise ValueError(f"{repeated[0]}: stands there more than once")
+        if len(sources) > 1 and first.checkpoint["encoder"].get("lora"):
+            raise ValueError(
+                f"{first.file}: has LoRA's adapters (model.encoder.lora), which are products of two matrices: those of "
+                "their averages are no averages; expected runs that trained the weights themselves"
+            )
         self.said: dict[str, str] = {}
         self._first, self._weights = first, weights
         self._sources: dict[Path, str] = {}
@@ -123,24 +127,25 @@ class Average:
 
 
 def _greedy(
-    ingredients: Ingredients, rows: list[dict[str, Any]], score: Callable[[Tensors], float]
+    ingredients: Ingredients, rows: list[dict[str, Any]], score: Callable[[Tensors], float], sign: int
 ) -> tuple[list[str], Average]:
     """Algorithm 1 of the paper: from the best on, each is taken in where the average does not get worse by it.
 
     Args:
         ingredients: All.
         rows: Of each, to which the scores are added.
-        score: Of weights, on held-out data; more is better.
+        score: Of weights, on held-out data.
+        sign: 1 where more of it is better, else -1.
     """
     for row in rows:
         row["alone"] = score(ingredients[row["name"]])
-    order = sorted(rows, key=lambda row: float(row["alone"]), reverse=True)
+    order = sorted(rows, key=lambda row: sign * float(row["alone"]), reverse=True)
     taken, best = [order[0]["name"]], order[0]["alone"]
     average = Average().add(ingredients[taken[0]])
     for row in order[1:]:
         with_it = average.with_another(ingredients[row["name"]])
         row["with"] = score(with_it.tensors())
-        if row["with"] >= best:
+        if sign * row["with"] >= sign * best:
             best, average = row["with"], with_it
             taken.append(row["name"])
     return taken, average
@@ -164,7 +169,7 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "no such tensor" if shape is None else f"shape {shape}"
 
 
-def _scorer(first: Chosen, config: list[str] | None, monitor: str, sign: int) -> Callable[[Tensors], float]:
+def _scorer(first: Chosen, config: list[str] | None, monitor: str) -> Callable[[Tensors], float]:
     """What scores weights on the held-out data of a config, by default of the first source's run."""
     files = config or [str(first.file.resolve().parent.parent / "config.yaml")]
     words = [word for file in files for word in ("--config", file)]
@@ -183,7 +188,7 @@ def _scorer(first: Chosen, config: list[str] | None, monitor: str, sign: int) ->
             enable_checkpointing=False,
         )
         trainer.validate(model, datamodule=data, verbose=False)
-        return sign * _metric(trainer.callback_metrics, monitor)
+        return _metric(trainer.callback_metrics, monitor)
 
     return score
 

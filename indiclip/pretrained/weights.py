@@ -1,7 +1,8 @@
 """What a pretrained model is to us: an encoder's configuration, tensors by our names, and what has no place in it."""
 
 import re
-from collections.abc import Collection, Iterable
+import zlib
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,15 @@ def check_tensors(tensors: dict[str, Tensor], origin: str) -> dict[str, Tensor]:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"{origin}: {name} has values that are not finite (NaN or infinity)")
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+
+
+def crc32_of(tensors: Mapping[str, Tensor], crc: int = 0) -> int:
+    """Of all of them with their names, on top of the `crc` of others."""
+    for name, tensor in tensors.items():
+        crc = zlib.crc32(name.encode(), crc)
+        content: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        crc = zlib.crc32(content, crc)
+    return crc
 
 
 def precision_notes(tensors: dict[str, Tensor]) -> list[str]:

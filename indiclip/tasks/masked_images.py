@@ -19,13 +19,19 @@ def patches_per_side(backbone: Backbone, key: str, otherwise: str = "") -> int:
     """k.
 
     Raises:
-        ValueError: It is no whole number; names the YAML's `key`, and what would do `otherwise`.
+        ValueError: It is no whole number; names the YAML's `key`, and what would do `otherwise`. Or the canvas has a
+            part of a token at an edge, which some models round up and others down.
     """
     per_side, apart = divmod(backbone.stride, backbone.patch_size)
     if apart or not per_side:
         raise ValueError(
             f"{key}: the backbone's tokens are {backbone.stride} pixels apart, and its images come in patches of "
             f"{backbone.patch_size}; expected a multiple{otherwise}"
+        )
+    if any(side % backbone.stride for side in backbone.canvas_hw or ()):
+        raise ValueError(
+            f"{key}: model.encoder.backbone.canvas_hw is {list(backbone.canvas_hw or ())}, and the backbone's tokens "
+            f"are {backbone.stride} pixels apart; expected multiples of {backbone.stride}{otherwise}"
         )
     return per_side
 
@@ -76,7 +82,7 @@ def with_hidden_tokens(
     for of_HWkk, mask_HW in zip(patches, masks, strict=True):
         hidden_BN.flat[of_HWkk[mask_HW].ravel()] = True
     if backbone.canvas_hw is not None:
-        rows, columns = (-(-side // backbone.stride) for side in backbone.canvas_hw)
+        rows, columns = (side // backbone.stride for side in backbone.canvas_hw)
         longest = rows * columns
     found = hidden_BN, *predicted_tokens(masks, longest, columns, visible_weight)
     on_device_BN, rows_R, weights_R = (moved(of, patches_BNP.device) for of in found)

@@ -4,6 +4,7 @@ Shape letters: see `indiclip.types`; T teachers, one here.
 """
 
 import copy
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -14,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from indiclip import checkpoint
 from indiclip.encoder import Encoder
 from indiclip.names import check_range
+from indiclip.pretrained.weights import crc32_of
 from indiclip.types import Images, Texts
 
 INITIAL = "initial"
@@ -62,7 +64,7 @@ class OnlineTeacher:
                     "embeddings (indiclip embed --views)"
                 )
         scale = encoder.logit_factor if self.logit_scale is None else self.logit_scale
-        return FrozenTeacher(encoder, scale, keeps=self.weights == INITIAL)
+        return FrozenTeacher(encoder, scale, "" if self.weights == INITIAL else f"{key}.weights: {self.weights}")
 
 
 class FrozenTeacher(nn.Module):
@@ -74,15 +76,21 @@ class FrozenTeacher(nn.Module):
     Args:
         encoder: Whose embeddings are wanted.
         logit_scale: The factor on its cosines.
-        keeps: Whether its weights are part of checkpoints: of a copy of the student, which a resumed run cannot make
-            again. Others are read anew from where they lie.
+        origin: Where a resumed run reads its weights from, for messages: checkpoints have their checksum alone. Empty
+            for a copy of the student, which cannot be made again: then they have all of it.
     """
 
-    def __init__(self, encoder: Encoder, logit_scale: float, keeps: bool) -> None:
+    crc32: Tensor
+
+    def __init__(self, encoder: Encoder, logit_scale: float, origin: str) -> None:
         super().__init__()
-        self.logit_scale_ = logit_scale
-        self.encoder = encoder if keeps else None
-        self._apart: list[Any] = [] if keeps else [encoder]  # in a list, which torch does not look into
+        self.logit_scale_, self.origin = logit_scale, origin
+        self.encoder = None if origin else encoder
+        self._apart: list[Any] = [encoder] if origin else []  # in a list, which torch does not look into
+        self._crc32 = crc32_of(encoder.state_dict()) if origin else 0
+        if origin:
+            self.register_buffer("crc32", torch.tensor(self._crc32))
+        self._is_compared = not origin
         self._said: Any = WeakTensorKeyDictionary()  # of the patches that came without gradients
 
     def train(self, mode: bool = True) -> Self:
@@ -104,6 +112,14 @@ class FrozenTeacher(nn.Module):
 
     @torch.no_grad()
     def _embed(self, images: Images, captions: list[str] | Texts) -> tuple[Tensor, Tensor, Tensor]:
+        if not self._is_compared:  # once, in the first step, after a checkpoint was read
+            self._is_compared = True
+            if (found := int(self.crc32)) != self._crc32:
+                warnings.warn(
+                    f"{self.origin}: has other weights ({self._crc32:08x}) than when the run was stopped ({found:08x})",
+                    stacklevel=2,
+                )
+                self.crc32.fill_(self._crc32)
         device = images["patches_BNP"].device
         if self._apart and self._apart[0].device != device:
             self._apart[0].to(device)

@@ -123,8 +123,10 @@ class PatchCodebook(nn.Module):
             progress: The share of the run's steps that are done.
             made: As of `indiclip.head.Head.after_step`.
         """
-        if self._seen is None or progress > self.options.until:
+        if self._seen is None:
             return
+        if progress > self.options.until:  # but for the first codes, of a head that begins later
+            made = made * ~self.is_learned
         sums_CQ, candidates_BJP = self._seen
         self._seen = None
         sums_CQ = sum_over_ranks(sums_CQ).to(self.sums_CP.dtype)

@@ -149,7 +149,9 @@ class EMA(Callback):
         self._swap_out(pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """On all ranks, each with its shards."""
+        """On all ranks, each with its shards; with this step, whose end another callback may have been told before."""
+        if trainer.training:
+            self.on_train_batch_end(trainer, pl_module)
         weights = checkpoint["state_dict"]
         if self._trained is not None:  # a checkpoint in the middle of a validation
             for name, trained in self._trained.items():

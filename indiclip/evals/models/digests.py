@@ -3,10 +3,10 @@
 import zlib
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from indiclip.evals.models.embedder import Embedder, View
+from indiclip.pretrained.weights import crc32_of
 
 # What tokenizers differ in: scripts, capitals, digits, punctuation, composed letters, joiners, an emoji.
 _PLAIN_TEXT = (
@@ -19,9 +19,7 @@ def crc32_of_weights(model: Embedder) -> str:
     """Of all weights and buffers, by name."""
     crc = 0
     for module in vars(model).values():
-        for name, tensor in module.state_dict().items() if isinstance(module, nn.Module) else ():
-            crc = zlib.crc32(name.encode(), crc)
-            crc = zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
+        crc = crc32_of(module.state_dict(), crc) if isinstance(module, nn.Module) else crc
     return f"{crc:08x}"
 
 
