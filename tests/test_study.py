@@ -24,11 +24,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 import study
 from _study_flops import count_arm
+from _study_grid import Run, arm_content
 from _study_page import write_study
 from _study_prepare import Prepared
 from _study_read import read_grid
 from _study_results import Results
-from _study_runs import common_step
+from _study_runs import Place, common_step
 from _study_slice import Slice, Task
 from _study_state import Study
 
@@ -151,14 +152,14 @@ def test_the_page_has_every_number_and_the_commands(done):
     for name, value in of_wide.items():
         section = page[page.index(f"<summary>{name} (") :].partition("</details>")[0]
         assert f"{value:.3f} " in section.partition(">wide<")[2]
-    untrained = json.loads((folder / "plain" / "untrained" / "scores.json").read_text())["steps"]["1"]
-    assert f'<td>untrained</td><td class="number">{untrained["scenes/zero_shot@32"]:.3f}<' in page
+    before = json.loads((folder / "plain" / "before_training" / "scores.json").read_text())["steps"]["1"]
+    assert f'<td>before_training</td><td class="number">{before["scenes/zero_shot@32"]:.3f}<' in page
     assert "indiclip fit --config" in page
     assert "--model.encoder.backbone.init_args.width=64 --seed_everything=0" in page
     assert "http" not in page.replace("http://www.w3.org", "")
     at_equal_flops = table.partition("## At equal steps")[0].splitlines()
     (row,) = (line for line in at_equal_flops if line.startswith("| wide "))
-    assert f"| untrained |  |  |  | {untrained['scenes/zero_shot@32']:.3f} |" in at_equal_flops
+    assert f"| before_training |  |  |  | {before['scenes/zero_shot@32']:.3f} |" in at_equal_flops
     done_study = Study(read_grid(file), folder)
     plain, wide = (done_study.counted[arm] for arm in ("plain", "wide"))
     relative = (wide.flops / wide.steps) / (plain.flops / plain.steps)
@@ -225,7 +226,7 @@ def test_the_best_rate_is_chosen_for_each_arm_and_never_one_that_diverged(done, 
 
 @pytest.mark.slow
 def test_names_that_no_run_gives_are_told_before_rates_are_tried(done, capsys):
-    """Validation of the timed runs and the scores of untrained weights say which there are."""
+    """Validation of the timed runs and the scores of the weights before training say which there are."""
     file, folder, _ = done
     for key, said in {
         "select": "select.metric: found 'val/contrastive/zeroshot'; nearest is 'val/contrastive/zero_shot'",
@@ -263,6 +264,37 @@ def test_other_configs_in_the_folder_of_a_study_are_refused(done, capsys):
     finally:
         base.write_text(kept)
     assert "was trained by other configs" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_arm_that_comes_later_and_is_compared_where_no_weights_were_kept_says_so(done, capsys):
+    file, folder, _ = done
+    wider = WIDE.replace("64", "96")
+    of = grid(file.parent, "later", arms={"plain": [], "wide": [WIDE], "wider": [wider]})
+    shutil.copytree(folder, folder.with_name("later"))
+    assert study.main([str(of), "--runs", str(folder.parent)]) == 2
+    steps = Study(read_grid(of), folder.with_name("later")).counted["wider"].steps
+    expected = f"plain/seed-0: kept no weights of step {steps}, at which it is compared with an arm that came later"
+    assert expected in capsys.readouterr().err
+
+
+def test_the_end_of_a_run_is_told_by_what_its_last_process_said(tmp_path):
+    """And not by a line of an earlier slice."""
+    place = Place(tmp_path, Run("plain", "seed-0", 0, None, 10, 2))
+    place.folder.parent.mkdir()
+    place.file("log").write_text("indiclip: SIGTERM: saved x\n")
+    place.file("json").write_text(json.dumps({"log_bytes": place.file("log").stat().st_size}))
+    with place.file("log").open("a") as log:
+        log.write("Traceback\nKeyError: 'x'\n")
+    assert place.end(1) == f"{place.folder}: ended with 1: KeyError: 'x'"
+
+
+def test_a_number_of_steps_is_no_beginning_for_arms_of_different_lengths(tmp_path):
+    tree = config()
+    tree["model"]["heads"][0]["init_args"] = {"start": 4}
+    (tmp_path / "late.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(ValueError, match=r"start: 4 is beyond .* a share of them below 1, which suits arms"):
+        count_arm(["--config", str(tmp_path / "late.yaml")], None, 1e12)
 
 
 def test_a_head_that_begins_late_is_counted_from_there_on(tmp_path):
@@ -429,8 +461,27 @@ def test_what_is_prepared_is_made_once_and_by_one_command(tmp_path):
         assert [*part.failed.values()] == [f"prepare.second: ended with 3, see {root}/prepared/second.log"]
     assert (root / "prepared" / "made").read_text() == "x"
     items["first"]["command"] += " 1"
-    with pytest.raises(ValueError, match="prepare.first: was made by another command"):
+    with pytest.raises(ValueError, match="prepare.first: was made by another command or other configs"):
         [*Prepared(read_grid(grid(tmp_path, prepare=items)), root).todo()]
+
+
+def test_what_is_prepared_belongs_to_what_the_arms_compute_that_need_it(tmp_path):
+    """Its commands and what the configs say that they name."""
+    (tmp_path / "teacher.yaml").write_text("seed_everything: 1\n")
+    items = {"teacher": {"command": f"indiclip fit --config {tmp_path}/teacher.yaml --runs {{folder}}"}}
+    arms = {"plain": [], "taught": ["--model.heads.teacher.weights={folder}/teacher"]}
+
+    def contents():
+        of = read_grid(grid(tmp_path, arms=arms, prepare=items))
+        return [arm_content(of, arm, tmp_path / "prepared") for arm in arms]
+
+    before = contents()
+    (tmp_path / "teacher.yaml").write_text("# as it was\nseed_everything: 1\n")
+    assert contents() == before
+    (tmp_path / "teacher.yaml").write_text("seed_everything: 2\n")
+    assert [old == new for old, new in zip(before, contents(), strict=True)] == [True, False]
+    items["teacher"]["command"] += " --name other"
+    assert [old == new for old, new in zip(before, contents(), strict=True)] == [True, False]
 
 
 def test_a_slice_ends_at_its_time():

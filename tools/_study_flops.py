@@ -104,7 +104,10 @@ def count_arm(words: list[str], steps: int | None, flops: float | None) -> Count
     counter = RunCounter(model, data)
     if steps is None:
         assert flops is not None
-        steps = counter.within(flops)
+        try:
+            steps = counter.within(flops)
+        except ValueError as error:  # a number of steps that a shorter run has not
+            raise ValueError(f"{error}, which suits arms with different numbers of steps") from error
     if steps < 1:
         raise ValueError(f"budget: {flops:.3g} FLOPs; one step takes {counter.total(1):.3g}")
     return counter.counted(steps)

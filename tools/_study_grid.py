@@ -30,6 +30,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -172,17 +173,31 @@ class Run:
 
 
 def arm_content(grid: Grid, arm: str, folder: Path) -> list[Any]:
-    """All that says what an arm computes: its words, and what its config files say, their comments aside."""
+    """All that says what an arm computes: its words, what its config files say, their comments aside, and how that was
+    prepared which it needs.
+    """
     words = grid.words(arm, folder)
     files = [Path(word) for word in words if not word.startswith("--")]
-    flags = [word.replace("{folder}", "") for word in (*grid.base, *grid.arms[arm]) if word.startswith("--")]
-    return [flags, [yaml.load(file.read_text(encoding="utf-8"), UniqueKeys) for file in files]]
+    own = [*grid.base, *grid.arms[arm]]
+    flags = [word.replace("{folder}", "") for word in own if word.startswith("--")]
+    needed = grid.prepare if any("{folder}" in word for word in own) else ()
+    return [flags, _said(files), *(prepared_content(grid, name) for name in needed)]
+
+
+def prepared_content(grid: Grid, name: str) -> list[Any]:
+    """All that says what a command of `prepare` makes."""
+    command = grid.prepare[name].command
+    return [command, _said(Path(word) for word in shlex.split(command) if word.endswith(".yaml"))]
+
+
+def _said(files: Iterable[Path]) -> list[Any]:
+    """What files of YAML say, of those that are there before the study begins."""
+    return [yaml.load(file.read_text(encoding="utf-8"), UniqueKeys) for file in files if file.is_file()]
 
 
 def digest(grid: Grid, run: Run, folder: Path) -> str:
-    """Of all that decides what a run computes."""
-    content = arm_content(grid, run.arm, folder)
-    return digest_of([content, run.flags(), run.marks, grid.environment(run.seed)])
+    """Of all that decides what a run computes; not of `marks`, which another arm may change."""
+    return digest_of([arm_content(grid, run.arm, folder), run.flags(), grid.environment(run.seed)])
 
 
 def digest_of(value: Any) -> str:

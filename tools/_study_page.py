@@ -16,7 +16,7 @@ from _study_figures import curves, forest
 from _study_grid import command
 from _study_prepare import Prepared
 from _study_results import Results
-from _study_runs import Costs, common_step
+from _study_runs import BEFORE_TRAINING, Costs, common_step
 from _study_scores import Scores, scored
 from _study_state import Study
 from _study_statistics import NO_DIFFERENCE, Difference
@@ -118,7 +118,8 @@ def _dates(costs: Costs) -> str:
 
 def _spent(costs: Costs) -> dict[str, float]:
     """What it was for -> CPU-seconds so far."""
-    words = {"rate": "choice of learning rates", "seed": "runs", "timing": "timing", "untrained": "untrained weights"}
+    words = {"rate": "choice of learning rates", "seed": "runs", "timing": "timing"}
+    words |= {BEFORE_TRAINING: "weights before training"}
     found: dict[str, float] = {}
     for row in costs.rows:
         kind = words.get(row["run"].partition("-")[0], "runs") if row["kind"] == "train" else f"{row['kind']}"
@@ -128,10 +129,10 @@ def _spent(costs: Costs) -> dict[str, float]:
 
 
 def _references(study: Study, prepared: Prepared) -> dict[str, Scores]:
-    """What is no arm: weights that learned nothing, and runs that were prepared."""
-    (untrained,) = study.runs["reference"]
+    """What is no arm: the weights before training, and runs that were prepared."""
+    (before,) = study.runs["reference"]
     found = {f"{name} (prepared)": prepared.scores(name) for name in prepared.items}
-    found[untrained.name] = scored(study.place(untrained), study.grid).get(untrained.steps, {})
+    found[before.name] = scored(study.place(before), study.grid).get(before.steps, {})
     return {name: scores for name, scores in found.items() if scores}
 
 

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from _study_grid import PREPARED, Grid, digest_of
+from _study_grid import PREPARED, Grid, digest_of, prepared_content
 from _study_runs import begin_process, how_ended, spent
 from _study_scores import Scores, score_encoder
 from _study_slice import Task
@@ -40,14 +40,14 @@ class Prepared:
         """The first that is not done; nothing where all are.
 
         Raises:
-            ValueError: Another command was run under this name.
+            ValueError: Another command was run under this name, or its config files have changed.
         """
         for name, item in self.items.items():
             state = self._state(name)
-            if state and state["command"] != item.command:
+            if state and state != self._made_by(name):
                 raise ValueError(
-                    f"{self.grid.file}: prepare.{name}: was made by another command; remove {self.folder}, or give "
-                    "another --runs"
+                    f"{self.grid.file}: prepare.{name}: was made by another command or other configs; remove "
+                    f"{self.folder}, or give another --runs"
                 )
             if not state:
                 ended = partial(self._ended, name)
@@ -68,6 +68,9 @@ class Prepared:
         """That what is left takes, as the grid says."""
         return sum(item.cpu_seconds for name, item in self.items.items() if not self._state(name))
 
+    def _made_by(self, name: str) -> dict[str, Any]:
+        return {"command": self.items[name].command, "digest": digest_of(prepared_content(self.grid, name))}
+
     def _state(self, name: str) -> dict[str, Any]:
         file = self.folder / f"{name}.json"
         return json.loads(file.read_text()) if file.exists() else {}
@@ -87,8 +90,7 @@ class Prepared:
     def _ended(self, name: str, status: int) -> str:
         if status:
             return f"prepare.{name}: {how_ended(status)}, see {self._log(name)}"
-        state = {"command": self.items[name].command}
-        json_lines.write_whole(self.folder / f"{name}.json", json.dumps(state).encode())
+        json_lines.write_whole(self.folder / f"{name}.json", json.dumps(self._made_by(name)).encode())
         return ""
 
     def _score(self, name: str) -> None:

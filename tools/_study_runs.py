@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -34,7 +35,7 @@ from indiclip import json_lines
 from indiclip.training.ema import scored_weights
 from indiclip.training.fault_tolerance.ranks import folder_of
 
-UNTRAINED = "untrained"
+BEFORE_TRAINING = "before_training"
 NEARLY = 0.02  # two numbers of steps that differ by less are taken for equal
 _DIVERGED = "was not finite in"
 
@@ -98,6 +99,19 @@ class Place:
             )
         return bool(state.get("done") or state.get("diverged"))
 
+    def snapshot(self, step: int) -> Path:
+        """The weights after a step."""
+        return self.folder / "snapshots" / f"{step}.ckpt"
+
+    def check_snapshots(self, steps: Iterable[int]) -> None:
+        """Raise ValueError where a run that is done kept no weights of one of these steps."""
+        for step in steps:
+            if not self.snapshot(step).is_file():
+                raise ValueError(
+                    f"{self.folder}: kept no weights of step {step}, at which it is compared with an arm that came "
+                    f"later or has other FLOPs now; remove {self.folder} and {self.file('json')} to train it again"
+                )
+
     def begin(self, grid: Grid) -> None:
         """Write what the process reads."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +121,9 @@ class Place:
             {"class_path": "_study_runs.Snapshots", "init_args": {"steps": list(self.run.marks)}},
         ]
         self.file("yaml").write_text(yaml.safe_dump({"trainer": {"callbacks+": callbacks}}))
+        log = self.file("log")
         state = {"digest": digest(grid, self.run, self.root / PREPARED)}
+        state |= {"log_bytes": log.stat().st_size if log.exists() else 0}
         json_lines.write_whole(self.file("json"), json.dumps(state).encode())
 
     def end(self, status: int) -> str:
@@ -115,7 +131,7 @@ class Place:
         if status == 0:
             json_lines.write_whole(self.file("json"), json.dumps(self.state() | {"done": True}).encode())
             return ""
-        last = last_line(self.file("log"), "indiclip:", "error")
+        last = last_line(self.file("log"), "indiclip:", "error", behind=self.state().get("log_bytes", 0))
         if _DIVERGED in last:  # a result
             json_lines.write_whole(self.file("json"), json.dumps(self.state() | {"diverged": last}).encode())
             return ""
@@ -127,9 +143,15 @@ def how_ended(status: int) -> str:
     return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with {status}"
 
 
-def last_line(log: Path, *starts: str) -> str:
-    """Of what a process printed, the last that begins so, else the last."""
-    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+def last_line(log: Path, *starts: str, behind: int = 0) -> str:
+    """Of what a process printed, the last that begins so, else the last.
+
+    Args:
+        log: What all processes of a run have printed.
+        starts: Of lines.
+        behind: The size of the log when the process was begun.
+    """
+    lines = log.read_bytes()[behind:].decode(errors="replace").strip().splitlines() if log.exists() else []
     return next((line for line in reversed(lines) if line.startswith(starts)), lines[-1] if lines else "")
 
 
@@ -242,14 +264,14 @@ def _clock(run: Path) -> list[dict[str, Any]]:
 def planned_runs(grid: Grid, counted: dict[str, Counted]) -> dict[str, list[Run]]:
     """Of each kind: `timing`, `reference`, `rates` (a short one for each arm and learning rate), `seeds` without one.
 
-    The reference is the control after a step of no size: what the scores are of weights that have learned nothing.
+    The reference is the control after a step of no size: what the scores are before training.
 
     The weights of a run are kept at its last step, and at the last step of a shorter run with which it is compared.
     """
     longest = {arm: of.steps for arm, of in counted.items()}
     first, points = grid.seeds[0], grid.points
-    untrained = Run(grid.control, UNTRAINED, first, 1e-12, 1, points, (1,))
-    runs: dict[str, list[Run]] = {"timing": [], "reference": [untrained], "rates": [], "seeds": []}
+    before = Run(grid.control, BEFORE_TRAINING, first, 1e-12, 1, points, (1,))
+    runs: dict[str, list[Run]] = {"timing": [], "reference": [before], "rates": [], "seeds": []}
     for arm, steps in longest.items():
         rate = grid.learning_rates[0] if grid.learning_rates else None
         # No warm-up: a schedule may need the steps for itself.

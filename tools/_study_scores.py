@@ -49,8 +49,7 @@ def score(place: Place, grid: Grid) -> None:
     for mark in place.run.marks:
         if mark in found:
             continue
-        snapshot = place.folder / "snapshots" / f"{mark}.ckpt"
-        found[mark], hits = score_encoder(snapshot, grid.specs, place.run.seed, data)
+        found[mark], hits = score_encoder(place.snapshot(mark), grid.specs, place.run.seed, data)
         np.savez_compressed(place.folder / f"hits-{mark}.npz", **hits)
         content = {"digest": digest_of(grid.scores), "steps": found}
         json_lines.write_whole(place.folder / "scores.json", json.dumps(content).encode())

@@ -82,14 +82,15 @@ class Study:
 
     def todo(self) -> Iterator[Task]:
         """What is left and can be begun now, in the order in which it is to be."""
-        costs, untrained, seeds = Costs(self.root), self.runs["reference"], self.seeds()
-        for place in map(self.place, [*untrained, *seeds]):
+        costs, before, seeds = Costs(self.root), self.runs["reference"], self.seeds()
+        for place in map(self.place, [*before, *seeds]):
             missing = {*place.run.marks} - scored(place, self.grid).keys()
             if missing and place.is_done(self.grid) and metrics(place):
+                place.check_snapshots(missing)
                 seconds = costs.scoring() * len(missing)
                 key = (place.run.arm, place.run.name, "score")
                 yield Task(key, seconds, partial(score, place, self.grid), partial(_scoring_ended, place))
-        for place in map(self.place, [*self.runs["timing"], *untrained, *self.runs["rates"], *seeds]):
+        for place in map(self.place, [*self.runs["timing"], *before, *self.runs["rates"], *seeds]):
             if not place.is_done(self.grid):
                 key = (place.run.arm, place.run.name, "train")
                 yield Task(key, self.run_seconds(place.run, costs), partial(train, place, self.grid), place.end)
@@ -99,11 +100,11 @@ class Study:
         return [task for task in self.todo() if task.key[1] in names]
 
     def check_names(self) -> None:
-        """Raise ValueError where the timed runs have no such validation, or the untrained weights no such score."""
+        """Raise ValueError where the timed runs have no such validation, or weights before training no such score."""
         for place in map(self.place, self.runs["timing"]):
             self._validated(place)
-        (untrained,) = self.runs["reference"]
-        if found := scored(self.place(untrained), self.grid).get(untrained.steps):
+        (before,) = self.runs["reference"]
+        if found := scored(self.place(before), self.grid).get(before.steps):
             for number, name in enumerate(self.grid.main):
                 check_choice(f"{self.grid.file}: main[{number}]", name, found)
 

@@ -37,7 +37,7 @@ def markdown(
         main: Names of the scores.
         tables: "FLOPs" or "steps" -> score -> arm -> how it compares.
         costs: Of each arm, as the page shows them.
-        references: Scores of what is no arm: untrained weights, what was prepared.
+        references: Scores of what is no arm: the weights before training, what was prepared.
         end: Of the machine and the whole cost.
     """
     grid = results.grid

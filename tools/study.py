@@ -4,11 +4,11 @@
     INDICLIP_DATA=... python tools/study.py conf/study/signals.yaml --jobs 2        # the same line goes on
 
 Every arm of the grid (see `_study_grid`) is trained by `indiclip fit` for as many steps as its planner's FLOPs buy of
-the budget, forward, backward and every head counted: they are exact on a machine that others use too, where seconds
-are not. First each arm is timed for some steps and untrained weights are scored, then short runs choose each arm's
-learning rate among the same rates, by validation, and then it is trained with every seed. A run is one process with one
-thread. Its weights are scored at its end, on test data that chose nothing, and at the last step of a shorter run that
-it is compared with: equal FLOPs and equal steps are read from the same run.
+the budget, forward, backward and every head counted: they are exact on a machine that others use too, where seconds are
+not. First each arm is timed for some steps and the weights before training are scored, then short runs choose each
+arm's learning rate among the same rates, by validation, and then it is trained with every seed. A run is one process
+with one thread. Its weights are scored at its end, on test data that chose nothing, and at the last step of a shorter
+run that it is compared with: equal FLOPs and equal steps are read from the same run.
 
 Nothing that is done is done again: a slice ends after `--minutes`, by Ctrl-C or by SIGTERM, with a checkpoint of what
 runs, and the same command goes on. Whenever it ends it writes `study.html` and `study.md` from what is there.
@@ -27,7 +27,7 @@ from _study_grid import TIMING, Grid
 from _study_page import write_study
 from _study_prepare import Prepared
 from _study_read import read_grid
-from _study_runs import UNTRAINED, Costs
+from _study_runs import BEFORE_TRAINING, Costs
 from _study_slice import Slice
 from _study_state import Study
 from jsonargparse.typing import NonNegativeFloat, PositiveInt
@@ -88,7 +88,7 @@ def work(grid: Grid, root: Path, part: Slice, dry_run: bool) -> int:
     if not grid.arms:
         return part.status(left=0)
     study = Study(grid, root)
-    first = partial(study.first, *([TIMING] if dry_run else [TIMING, UNTRAINED]))
+    first = partial(study.first, *([TIMING] if dry_run else [TIMING, BEFORE_TRAINING]))
     if first():
         show_cost(study)
         part.work(first)
@@ -96,8 +96,8 @@ def work(grid: Grid, root: Path, part: Slice, dry_run: bool) -> int:
     show_plan(study)
     if dry_run:
         return part.status(left=0)
-    if any(name == UNTRAINED for _, name, _ in part.failed):
-        print("untrained weights are not scored: nothing more is trained")
+    if any(name == BEFORE_TRAINING for _, name, _ in part.failed):
+        print("the weights before training are not scored: nothing more is trained")
         return part.status(left=1)
     part.work(study.todo)
     print(write_study(study, prepared, [*part.failed.values()]))
