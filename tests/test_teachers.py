@@ -1,5 +1,6 @@
 """Caches of teachers that a run makes: by which of its processes, and where."""
 
+import copy
 import json
 import os
 import re
@@ -108,11 +109,29 @@ def test_a_damaged_cache_of_a_run_is_made_anew(tmp_path, capsys):
 
 def test_each_cache_of_a_run_has_a_folder_of_its_own(tmp_path):
     """One for both sources of a task, by an override, and those of a run that goes on are found again."""
-    for goes_on in (False, True):
+    for begun in (None, tmp_path):
         makes = [TeacherCache(make=MakeTeachers(["initial"])) for _ in range(2)]
         sources = [Source(task, Mela(num_scenes=4), 4) for task in ("a", "a", "b")]
         overrides = [SourceOverride(task, teachers=cache) for task, cache in zip("ab", makes, strict=True)]
         data = MultiTaskData([*sources, Source("c", Mela(num_scenes=4), 4)], overrides=overrides)
-        place_caches(data, tmp_path, goes_on)
+        place_caches(data, tmp_path, begun)
         folders = [source.teachers and source.teachers.folder for source in data.train]
         assert folders == [str(tmp_path / name) for name in ("teachers", "teachers", "teachers-2")] + [None]
+
+
+def test_a_branch_under_another_name_has_the_cache_of_its_run(tmp_path, capsys):
+    """The teacher was the initial encoder, which began with weights that the branch does not read again."""
+    found = tree(16)
+    found["trainer"] |= {"devices": 1, "strategy": "auto", "max_steps": 1}
+    found["data"]["overrides"][0]["teachers"] = TEACHERS
+    first = copy.deepcopy(found)
+    del first["data"]["overrides"], first["model"]["heads"][1:]
+    assert experiments.fit(tmp_path, first, "--name", "pretrained") == 0
+    found["model"]["encoder"]["init_from"] = [{"weights": str(tmp_path / "runs" / "pretrained")}]
+    assert experiments.fit(tmp_path, found, "--name", "stem") == 0
+    last = str(tmp_path / "runs" / "stem" / "checkpoints" / "last.ckpt")
+    flags = ["--name", "branch", "--ckpt_path", last, "--trainer.max_steps", "2"]
+    capsys.readouterr()
+    assert experiments.fit(tmp_path, found, *flags) == 0, capsys.readouterr().err
+    assert "teachers: initial embed" not in capsys.readouterr().out
+    assert not (tmp_path / "runs" / "branch" / "teachers").exists()

@@ -186,8 +186,9 @@ class IndiCLI(LightningCLI):
             check_length(self.model, self.datamodule, self.trainer.max_steps)
         assert self.folder is not None
         lock(self.folder)
-        goes_on = self._get(self.config_init, "ckpt_path") is not None
-        place_caches(self.datamodule, self.folder, goes_on)
+        checkpoint = self._get(self.config_init, "ckpt_path")
+        begun = None if checkpoint is None else Path(checkpoint).resolve().parent.parent
+        place_caches(self.datamodule, self.folder, begun)
         check(self.model, self.datamodule, str(self.subcommand))
         self._before_meeting()
 

@@ -21,19 +21,22 @@ from indiclip.loading.teacher_record import RECORD, read_record
 from indiclip.training.run_folder import is_first_process
 
 
-def place_caches(data: MultiTaskData, folder: Path, goes_on: bool) -> None:
+def place_caches(data: MultiTaskData, folder: Path, begun: Path | None) -> None:
     """Caches without a folder are in that of the run, where this process knows it: `teachers`, `teachers-2` and so on.
 
     Args:
         data: Of the run, changed in place.
         folder: Of the run. Of a new one that has several processes only the first knows it.
-        goes_on: From a checkpoint. It has the cache that it was begun with, and its initial encoder is no more.
+        begun: The folder of the run whose checkpoint this one goes on from, which may have another name. It has the
+            cache that it was begun with, and its initial encoder is no more.
     """
     caches = _caches(source.teachers for source in data.train)
     without = [cache for cache in caches if cache.folder is None]
-    for number, cache in enumerate(without if goes_on or is_first_process() else [], 1):
-        cache.folder = str(folder / ("teachers" if number == 1 else f"teachers-{number}"))
-    for cache in caches if goes_on else []:
+    for number, cache in enumerate(without if begun or is_first_process() else [], 1):
+        name = "teachers" if number == 1 else f"teachers-{number}"
+        own = begun if begun is not None and _is_done(begun / name) else folder
+        cache.folder = str(own / name)
+    for cache in caches if begun else []:
         if _is_done(cache.path):
             cache.make = None
 
