@@ -30,7 +30,7 @@ from indiclip.head import (
     plain,
     same_classes,
 )
-from indiclip.losses import MAX_LOGIT_SCALE, ContrastiveLoss, Mixture, SigmoidLoss, SoftmaxLoss, caption_ids
+from indiclip.losses import ContrastiveLoss, Mixture, SigmoidLoss, SoftmaxLoss, caption_ids
 from indiclip.ratios import by_group
 from indiclip.types import Batch, Features, caption_languages, class_names, language_code, on_device
 
@@ -52,7 +52,7 @@ class Contrastive(Head):
         init_logit_scale: Factor on the cosines at the start, one over the temperature; None is the paper's, 10 or
             1 / 0.07. Logits that `model.encoder.init_from` gives win over this one and the next.
         init_logit_bias: Added to the logits at the start, with `sigmoid` alone; None is the paper's, -10.
-        max_logit_scale: Most that the factor may become.
+        max_logit_scale: Most that the factor may become; None is the paper's, none or 100.
         templates: Prompts of a class in zero-shot classification; `{}` stands for its name.
         retrieval_at: The k of retrieval recall@k.
         **common: Of every `Head`.
@@ -70,7 +70,7 @@ class Contrastive(Head):
         length_weights: list[float] | None = None,
         init_logit_scale: float | None = None,
         init_logit_bias: float | None = None,
-        max_logit_scale: float = MAX_LOGIT_SCALE,
+        max_logit_scale: float | None = None,
         templates: list[str] | None = None,
         retrieval_at: list[int] | None = None,
         **common: Any,
@@ -78,11 +78,8 @@ class Contrastive(Head):
         super().__init__(**common)
         if init_logit_bias is not None and loss != "sigmoid":
             raise ValueError(f"heads.{self.name}.init_logit_bias: the loss {loss} has none; expected the loss sigmoid")
-        if init_logit_bias is not None:
-            self.check_range(-100, 100, init_logit_bias=init_logit_bias)
-        self.check_range(1e-3, 1e6, max_logit_scale=max_logit_scale)
-        if init_logit_scale is not None:
-            self.check_range(1e-3, max_logit_scale, init_logit_scale=init_logit_scale)
+        self.check_range(-100, 100, init_logit_bias=init_logit_bias)
+        self.check_range(1e-3, 1e6, max_logit_scale=max_logit_scale, init_logit_scale=init_logit_scale)
         self.loss_name, self.length_weights = loss, length_weights
         self._logits = {"init_logit_scale": init_logit_scale, "max_logit_scale": max_logit_scale}
         self._logits |= {} if init_logit_bias is None else {"init_logit_bias": init_logit_bias}

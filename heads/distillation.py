@@ -66,6 +66,10 @@ class Distillation(Head):
         self.metric = MetricCollection({})  # what the student learns, the contrastive head's says
         self.teacher = None if self.online is None else self.online.beside(encoder, f"heads.{self.name}.teacher")
 
+    def fingerprint(self) -> dict[str, int]:
+        crc32 = None if self.teacher is None else self.teacher.crc32
+        return {} if crc32 is None else {"crc32_of_teacher": crc32}
+
     def tower_copies(self) -> list[nn.Module]:
         copied = self.teacher.encoder if self.teacher is not None else None
         return [] if copied is None else [copied.backbone, copied.text]

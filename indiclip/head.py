@@ -162,7 +162,7 @@ class Head(nn.Module, ABC):
         self.check_range(weight=weight)
         check_starts({f"heads.{self.name}.start": start})
 
-    def check_range(self, *limits: float, **arguments: float) -> None:
+    def check_range(self, *limits: float, **arguments: float | None) -> None:
         """Raise ValueError for the first that does not lie within the limits, naming it; see `names.check_range`."""
         check_range({f"heads.{self.name}.{name}": value for name, value in arguments.items()}, *limits)
 
@@ -190,6 +190,12 @@ class Head(nn.Module, ABC):
         Raises:
             ValueError: What does not fit, naming the YAML key.
         """
+
+    def fingerprint(self) -> dict[str, int]:
+        """Checksums of what the head reads that is neither in checkpoints nor in batches, by name: a run goes on with
+        the same. After `bind`.
+        """
+        return {}
 
     def tower_copies(self) -> list[nn.Module]:
         """Copies of the encoder's towers among the head's modules, which are compiled and sharded as those are."""

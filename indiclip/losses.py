@@ -23,7 +23,7 @@ keys (labels, caption ids).
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -33,14 +33,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from indiclip.autograd import with_gradients
-from indiclip.head import Head
 from indiclip.logit_chunks import Chunk, LogitChunks
 from indiclip.logit_chunks import Mixture as Mixture
 from indiclip.softmax_sums import softmax_sums, softmax_targets
-
-# Logits are at most 100 times the cosines (CLIP, arXiv 2103.00020, section 2.5).
-MAX_LOGIT_SCALE = 100.0
-
 
 def caption_ids(captions: Sequence[str]) -> Tensor:
     """Numbers captions so that equal captions have equal ids on every rank, machine and run.
@@ -66,7 +61,7 @@ class PairLoss(nn.Module, ABC):
             loss is their mean (Matryoshka, arXiv 2205.13147). None is the full length alone.
         length_weights: share of each length, >= 0 and of any sum; None weighs all the same.
         init_logit_scale: factor on the cosines at the start, one over the temperature; None is the paper's.
-        max_logit_scale: most that it may become, see `bound_scale`.
+        max_logit_scale: most that it may become, see `bound_scale`; None is the paper's.
         key: what messages have before the names of these, such as `heads.contrastive.`.
 
     Attributes:
@@ -75,23 +70,25 @@ class PairLoss(nn.Module, ABC):
     """
 
     paper_logit_scale: float
+    paper_max_logit_scale = 100.0  # CLIP's, arXiv 2103.00020, section 2.5
 
     def __init__(
         self,
         lengths: list[int] | None = None,
         length_weights: list[float] | None = None,
         init_logit_scale: float | None = None,
-        max_logit_scale: float = MAX_LOGIT_SCALE,
+        max_logit_scale: float | None = None,
         key: str = "",
     ) -> None:
         super().__init__()
         scale = self.paper_logit_scale if init_logit_scale is None else init_logit_scale
-        if not 0 < scale <= max_logit_scale < math.inf:
+        self.max_logit_scale = self.paper_max_logit_scale if max_logit_scale is None else max_logit_scale
+        if not 0 < scale <= self.max_logit_scale:
             raise ValueError(
-                f"{key}init_logit_scale: found {scale:g} with max_logit_scale {max_logit_scale:g}; expected more than "
-                "0 and no more than the latter"
+                f"{key}init_logit_scale: found {scale:g} with max_logit_scale {self.max_logit_scale:g}; expected more "
+                "than 0 and no more than the latter"
             )
-        self.max_log_scale = math.log(max_logit_scale)
+        self._key = key
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(scale)))
         if lengths is not None and (not lengths or lengths[0] < 1 or any(a >= b for a, b in pairwise(lengths))):
             valid = sorted({max(length, 1) for length in lengths}) or [64, 128, 256]
@@ -105,11 +102,11 @@ class PairLoss(nn.Module, ABC):
         self.length_weights = [weight / sum(weights) for weight in weights]
 
     def begin_with(self, logits: Mapping[str, float]) -> None:
-        """Take `logit_scale` and `logit_bias` of a pretrained model, those that are given. A factor above
-        `max_logit_scale`, as of SigLIP, which has no such bound, is the bound from then on.
+        """Take `logit_scale` and `logit_bias` of a pretrained model, those that are given.
 
         Raises:
-            ValueError: This loss has no such parameter.
+            ValueError: This loss has no such parameter, or the factor is above `max_logit_scale`, as SigLIP's may be,
+                which has no such bound: the first step would bring it down.
         """
         for name, value in logits.items():
             if not hasattr(self, name):
@@ -118,7 +115,12 @@ class PairLoss(nn.Module, ABC):
                     "logit_scale, or another loss"
                 )
             nn.init.constant_(getattr(self, name), value)
-        self.max_log_scale = max(self.max_log_scale, logits.get("logit_scale", -math.inf))
+        factor = math.exp(logits.get("logit_scale", -math.inf))
+        if factor > 1.001 * self.max_logit_scale:  # CLIP's own are at the bound, and rounded
+            raise ValueError(
+                f"{self._key}max_logit_scale: found {self.max_logit_scale:g}, and model.encoder.init_from gives a "
+                f"logit_scale of {factor:.4g}; expected more, or `parts` without logit_scale"
+            )
 
     @torch.no_grad()
     def bound_scale(self) -> None:
@@ -130,7 +132,7 @@ class PairLoss(nn.Module, ABC):
         if self.logit_scale.requires_grad:
             parameter = self.logit_scale
             own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            own.clamp_(max=self.max_log_scale)
+            own.clamp_(max=math.log(self.max_logit_scale))
 
     @abstractmethod
     def example(self, num_pairs: int, embed_dim: int) -> dict[str, Tensor]:
@@ -250,6 +252,7 @@ class SigmoidLoss(ContrastiveLoss):
     """
 
     paper_logit_scale = 10.0
+    paper_max_logit_scale = math.inf  # the paper names none
 
     def __init__(self, *args: Any, init_logit_bias: float = -10.0, **common: Any) -> None:
         super().__init__(*args, **common)
@@ -285,23 +288,6 @@ class SigmoidLoss(ContrastiveLoss):
             loss_B[chunk.image_part].add_(loss_RC.sum(1), alpha=weight)
             if chunks.wanted:
                 chunk.add_gradient(index, logits_RC.sigmoid_().sub_(target_RC), 1)
-
-
-def logits_of(heads: Iterable[Head]) -> str:
-    """Where the temperature of a model's embeddings lies: the path of a loss, such as `heads.contrastive.criterion`.
-
-    That of the contrastive loss, if it has a weight. Of a model that only distils it is that of the distance to the
-    teacher, as nothing trains the other. Empty where there are several such losses, or none.
-    """
-    losses = [
-        (f"heads.{head.name}.{path}", loss, head.weight)
-        for head in heads
-        for path, loss in head.named_modules()
-        if isinstance(loss, PairLoss)
-    ]
-    trained = [(path, loss) for path, loss, weight in losses if weight] or [(path, loss) for path, loss, _ in losses]
-    paths = [path for path, loss in trained if isinstance(loss, ContrastiveLoss)] or [path for path, _ in trained]
-    return paths[0] if len(paths) == 1 else ""
 
 
 def _stack_keys(like_BE: Tensor, **named: Tensor | None) -> Tensor:

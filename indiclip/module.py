@@ -21,10 +21,9 @@ from indiclip.float8 import Recipe, convert_to_float8, share_scales
 from indiclip.freezing import freeze as freeze_paths
 from indiclip.freezing import frozen_paths, keep_frozen
 from indiclip.head import Head, Losses, Prediction, computed
-from indiclip.head_schedule import idle_names, idle_parameters, start_steps, unused_parts
+from indiclip.head_schedule import idle_names, idle_parameters, logits_of, start_steps, unused_parts
 from indiclip.held_out_scores import HeldOutScores
 from indiclip.lightning_internals import batches_done, estimated_steps, gradient_scale, logs_after_step
-from indiclip.losses import logits_of
 from indiclip.micro_batches import CachedGradients, Outputs, split
 from indiclip.names import check_range
 from indiclip.parameter_groups import parameter_groups

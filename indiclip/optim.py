@@ -1,6 +1,7 @@
 """The learning rate over a run, and what the optimizer of a resumed run takes from its checkpoint."""
 
 import re
+import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -235,8 +236,18 @@ def restore_by_name(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, An
 
 
 def restart_schedule(scheduler: LambdaLR) -> None:
-    """After a checkpoint was read, which has the rates of its own run: the config's rates at this step."""
+    """After a checkpoint was read, which has the rates of its own run: the config's rates at this step.
+
+    Warns of a rate that rises, as of a longer run that begins inside the decay of a shorter one.
+    """
     groups = scheduler.optimizer.param_groups
+    before, peak, now = scheduler.get_last_lr()[0], scheduler.base_lrs[0], scheduler.lr_lambdas[0](scheduler.last_epoch)
+    if now * peak > 1.01 * before:
+        warnings.warn(
+            f"model.lr_schedule: behind step {scheduler.last_epoch} the rate rises from {before / peak:.3g} to "
+            f"{now:.3g} of its peak: the checkpoint's run had lowered it; expected a checkpoint from before its decay",
+            stacklevel=2,
+        )
     scheduler.base_lrs = [group["initial_lr"] for group in groups]
     for group, base_lr, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
         group["lr"] = base_lr * factor(scheduler.last_epoch)

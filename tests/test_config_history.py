@@ -105,6 +105,22 @@ def test_another_head_is_refused_without_advice_that_does_not_help(folder, capsy
     assert "--override" not in error
 
 
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_rate_that_rises_again_is_told(step, tmp_path, recwarn):
+    """A longer run from inside the decay, which begins behind step 3 of 6; from before it does not rise."""
+    decays = {"class_path": "indiclip.optim.WarmupStableDecay", "init_args": {"decay_steps": 3, "decay": "linear"}}
+    kept = {"every_n_train_steps": 2, "save_top_k": -1}
+    kept = {"class_path": "indiclip.training.fault_tolerance.checkpoints.Checkpoints", "init_args": kept}
+    tree = config(model__lr_schedule=decays, model__warmup_steps=0, trainer__max_steps=6, trainer__callbacks=[kept])
+    assert fit(tmp_path, tree) == 0
+    recwarn.clear()
+    checkpoint = str(tmp_path / FOLDER / "checkpoints" / f"{step}.ckpt")
+    assert fit(tmp_path, tree, "--ckpt_path", checkpoint, "--name", "branch", "--trainer.max_steps", "8") == 0
+    told = [str(w.message) for w in recwarn if "the rate rises" in str(w.message)]
+    expected = "model.lr_schedule: behind step 4 the rate rises from 0.667 to 1 of its peak"
+    assert [message.startswith(expected) for message in told] == [True] * (step == 4)
+
+
 def test_with_override_it_trains_on(folder):
     longer = config(trainer__max_steps=3, data__train__0__batch_size=3)
     assert going_on(folder, longer, "--override", "true") == 0
@@ -131,7 +147,7 @@ def test_other_samples_under_the_same_config_are_refused_without_override(names,
     flags = ["--trainer.max_steps", "3"]
     assert going_on(tmp_path, tree, *flags) == 2
     error = capsys.readouterr().err
-    assert f"--ckpt_path: its run read other samples: data.train[0].{found}" in error
+    assert f"--ckpt_path: its run read other data: data.train[0].{found}" in error
     assert "--override true trains on with the new ones" in error
     assert going_on(tmp_path, tree, *flags, "--override", "true") == 0
     assert f"  data.train[0].{found}" in capsys.readouterr().out

@@ -1,10 +1,9 @@
 """The distillation head: with a cache, with a teacher beside, across ranks and shards, and when a run goes on."""
 
-import warnings
-
 import numpy as np
 import pytest
 import torch
+import yaml
 from experiments import config, fit
 from fake_gpu import NoWaits, attention_kernel, moved, on_fake_gpu, step_batch
 from helpers import caption_batch, packed, step_losses, tiny_encoder
@@ -17,9 +16,11 @@ from heads.contrastive import Contrastive
 from heads.distillation import Distillation
 from indiclip import flex
 from indiclip.checkpoint import load
-from indiclip.losses import logits_of
+from indiclip.cli import main
+from indiclip.head_schedule import logits_of
 from indiclip.module import MultiTask
 from indiclip.planning.step_model import count_loss
+from indiclip.pretrained.read import read_weights
 from indiclip.tasks.online_teacher import OnlineTeacher
 from indiclip.types import Texts
 
@@ -47,12 +48,12 @@ def loss_of(head, batch, encoder):
     return step_losses(head.loss(encoder.features(batch["images"]), batch, encoder)).terms["loss"]
 
 
-def save(encoder, file, log_scale=2.0):
+def save(encoder, file, log_scale=2.0, logits="heads.contrastive.criterion"):
     state = {f"encoder.{name}": weight for name, weight in encoder.state_dict().items()}
     state["heads.contrastive.criterion.logit_scale"] = torch.tensor([log_scale])
     state["heads.distillation.distance.logit_scale"] = torch.tensor([5.0])
-    logits = "heads.contrastive.criterion"
-    torch.save({"encoder": encoder.to_config(), "state_dict": state, "logits": logits}, file)
+    entries = {"encoder": encoder.to_config(), "state_dict": state}
+    torch.save(entries | ({"logits": logits} if logits else {}), file)
     return str(file)
 
 
@@ -65,31 +66,39 @@ def test_a_teacher_beside_is_its_own_cache(tmp_path):
     first, second = (loss_of(head, batch, student) for head in (online, Distillation(task="t")))
     assert first.item() == pytest.approx(second.item(), rel=2e-3)  # of float16
     assert first.item() > 0.01
-    assert [name for name in online.state_dict() if "teacher" in name] == ["teacher.crc32"]
+    assert not [name for name in online.state_dict() if "teacher" in name]
     assert [name for name, _ in online.named_parameters()] == ["distance.logit_scale"]
     other = Distillation(OnlineTeacher(file, logit_scale=50.0), task="t")
     assert loss_of(other, batch, student).item() > 2 * first.item()
 
 
-def test_a_run_that_goes_on_with_another_teacher_says_so(tmp_path):
+def with_a_teacher(folder, **options):
+    """A run that a checkpoint teaches, beside the student; in the folder `teacher.ckpt` is not there yet."""
+    run = tree(**options)
+    del run["data"]["overrides"], run["model"]["heads"][1]
+    run["model"]["heads"][1]["init_args"]["teacher"] = {"weights": str(folder / "teacher.ckpt")}
+    return run
+
+
+def test_a_run_that_goes_on_with_another_teacher_is_refused(tmp_path, capsys):
     """As where the teacher's run has gone on meanwhile."""
-    student, batch = tiny_encoder(0), caption_batch(CAPTIONS)
-    file = save(tiny_encoder(1), tmp_path / "teacher.ckpt")
-
-    def going_on(state):
-        head = Distillation(OnlineTeacher(file), task="t")
-        head.bind(student)
-        head.load_state_dict(state or head.state_dict())
-        head.loss(student.features(batch["images"]), batch, student)
-        return head.state_dict()
-
-    begun = going_on(None)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        going_on(begun)
+    save(tiny_encoder(1), tmp_path / "teacher.ckpt")
+    assert fit(tmp_path, with_a_teacher(tmp_path, max_steps=2)) == 0
+    last = str(tmp_path / "runs" / "experiment" / "checkpoints" / "last.ckpt")
+    longer = with_a_teacher(tmp_path)
+    assert fit(tmp_path, longer, "--ckpt_path", last, "--name", "same") == 0
     save(tiny_encoder(2), tmp_path / "teacher.ckpt")
-    with pytest.warns(UserWarning, match=r"heads.distillation.teacher.weights: .*teacher.ckpt: has other weights \("):
-        assert going_on(begun)["teacher.crc32"] != begun["teacher.crc32"]
+    capsys.readouterr()
+    assert fit(tmp_path, longer, "--ckpt_path", last, "--name", "other") == 2
+    assert "--ckpt_path: its run read other data: heads.beside.crc32_of_teacher: " in capsys.readouterr().err
+    assert fit(tmp_path, longer, "--ckpt_path", last, "--name", "other", "--override", "true") == 0
+
+
+def test_a_run_that_a_file_teaches_is_planned(tmp_path, capsys):
+    save(tiny_encoder(1), tmp_path / "teacher.ckpt")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(with_a_teacher(tmp_path)))
+    assert main(["plan", "--config", str(tmp_path / "run.yaml"), "--gpus-per-node", "1"]) == 0
+    assert "beside" in capsys.readouterr().out
 
 
 def test_a_copy_of_the_student_stays_as_it_is_and_is_saved():
@@ -154,6 +163,10 @@ def test_the_temperature_of_a_run_is_of_a_loss_that_trains(weights, expected):
     for head in heads:
         head.bind(tiny_encoder())
     assert logits_of(heads) == expected
+
+
+def test_an_older_run_is_read_with_the_scale_of_its_contrastive_loss(tmp_path):
+    assert read_weights(save(tiny_encoder(), tmp_path / "x.ckpt", logits=None)).logits() == {"logit_scale": 2.0}
 
 
 @pytest.mark.parametrize("weights_only", [False, True])

@@ -176,6 +176,11 @@ def test_one_line_says_what_is_wrong(tmp_path, capsys, changes, message):
     assert message in capsys.readouterr().err
 
 
+def test_a_task_that_trains_once_is_told(tmp_path):
+    with pytest.warns(UserWarning, match=r"data.train\[0\].every: found 4 of 2 steps in all: the task 'contrastive' trains"):
+        assert fit(tmp_path, tree_of(4, steps=2)) == 0
+
+
 def test_sources_of_a_task_agree():
     sources = [Source("t", Numbers("a", 8), 2, every=every) for every in (1, 2)]
     with pytest.raises(ValueError, match="data: the sources of task 't' differ in every, such as 1 and 2; they share"):

@@ -21,7 +21,7 @@ def call(monkeypatch, folder, *words):
 
 @pytest.mark.parametrize("part", ["b16", "packed", "methods"])
 def test_a_part_writes_what_it_measures(part, tmp_path):
-    gpu_check.run_part(gpu_check.Check("cpu", True, tmp_path), part)
+    assert gpu_check.run_part(gpu_check.Check("cpu", True, tmp_path), part) == 0
     rows = {row["what"]: row for row in map(json.loads, (tmp_path / f"{part}.jsonl").read_text().splitlines())}
     if part == "b16":
         assert rows["ours"]["samples/s"] > 0
@@ -32,6 +32,13 @@ def test_a_part_writes_what_it_measures(part, tmp_path):
     if part == "methods":
         assert rows["augreg_light1"]["exit status"] == 0
     assert f"## {part}" in gpu_check.table(tmp_path, "a machine")
+
+
+def test_a_part_whose_command_fails_has_failed(monkeypatch, tmp_path):
+    rows = [{"what": "one", "exit status": 1}, {"what": "another", "exit status": 0}]
+    monkeypatch.setattr(gpu_check.Check, "methods", lambda self: iter(rows))
+    assert gpu_check.run_part(gpu_check.Check("cpu", True, tmp_path), "methods") == 1
+    assert len((tmp_path / "methods.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_part_ends_with_its_time_and_with_all_it_started(monkeypatch, tmp_path):
@@ -61,16 +68,15 @@ def test_a_part_ends_with_its_time_and_with_all_it_started(monkeypatch, tmp_path
 
 def test_what_has_ended_is_not_run_again(monkeypatch, tmp_path):
     started = []
-    monkeypatch.setattr(
-        gpu_check, "start_part", lambda _, part: started.append(part) or ("done", "failed")[part == "l14"]
-    )
+    ends = {"l14": "failed"}
+    monkeypatch.setattr(gpu_check, "start_part", lambda _, part: started.append(part) or ends.pop(part, "done"))
     (tmp_path / "b16.done").write_text('{"ended": "done", "seconds": 1}')
     assert call(monkeypatch, tmp_path) == 1
     assert started == [part for part in gpu_check.MINUTES if part != "b16"]
-    assert call(monkeypatch, tmp_path) == 0
-    assert call(monkeypatch, tmp_path, "--parts", "b16") == 0
-    assert started[-1] == "b16"
-    assert len(started) == len(gpu_check.MINUTES)
+    assert call(monkeypatch, tmp_path) == 1  # of l14
+    assert call(monkeypatch, tmp_path, "--parts", "b16", "l14") == 0
+    assert started[-2:] == ["b16", "l14"]
+    assert len(started) == len(gpu_check.MINUTES) + 1
 
 
 def test_all_parts_fit_into_three_quarters_of_an_hour():

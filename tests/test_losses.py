@@ -22,7 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from indiclip import logit_chunks
-from indiclip.losses import MAX_LOGIT_SCALE, SigmoidLoss, SoftmaxLoss, caption_ids
+from indiclip.losses import SigmoidLoss, SoftmaxLoss, caption_ids
 
 BOTH = pytest.mark.parametrize("loss_class", [SoftmaxLoss, SigmoidLoss])
 EXACT = {"rtol": 0, "atol": 1e-12}  # float64: above its rounding, far below any wrong factor
@@ -192,26 +192,26 @@ def test_gradients_are_those_of_finite_differences(loss_class, lengths):
 @BOTH
 def test_scale_is_clamped_at_100_and_comes_back(loss_class):
     image_BE, text_BE = _pairs()
-    loss = loss_class().double()
+    loss = loss_class(max_logit_scale=100.0).double()
     nn.init.constant_(loss.logit_scale, 10.0)
     loss.bound_scale()
-    assert loss.logit_scale.item() == pytest.approx(math.log(MAX_LOGIT_SCALE))
+    assert loss.logit_scale.item() == pytest.approx(math.log(100))
     value = loss(image_BE, text_BE)  # pairs at random: a lower scale is better
     value.backward()
     torch.optim.SGD(loss.parameters(), lr=0.01).step()
     loss.bound_scale()
-    assert loss.logit_scale.item() < math.log(MAX_LOGIT_SCALE) - 0.01
+    assert loss.logit_scale.item() < math.log(100) - 0.01
     assert loss(image_BE, text_BE) < value
 
 
-@BOTH
-def test_a_pretrained_scale_above_the_bound_is_the_bound(loss_class):
-    """SigLIP's are, such as 117.3 of its B/16: it has no bound."""
-    loss = loss_class()
+def test_a_pretrained_scale_above_the_bound_is_refused():
+    """SigLIP's are, such as 117.3 of its B/16: its loss has no bound. CLIP's own, rounded, are not."""
+    SoftmaxLoss().begin_with({"logit_scale": 4.6052})
+    expected = "heads.x.max_logit_scale: found 100, and model.encoder.init_from gives a logit_scale of 117.3"
+    with pytest.raises(ValueError, match=expected):
+        SoftmaxLoss(key="heads.x.").begin_with({"logit_scale": 4.765})
+    loss = SigmoidLoss()
     loss.begin_with({"logit_scale": 4.765})
-    loss.bound_scale()
-    assert loss.logit_scale.item() == pytest.approx(4.765)
-    nn.init.constant_(loss.logit_scale, 5.0)
     loss.bound_scale()
     assert loss.logit_scale.item() == pytest.approx(4.765)
 

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import shutil
 
 import experiments
 import pytest
@@ -134,4 +135,12 @@ def test_a_branch_under_another_name_has_the_cache_of_its_run(tmp_path, capsys):
     capsys.readouterr()
     assert experiments.fit(tmp_path, found, *flags) == 0, capsys.readouterr().err
     assert "teachers: initial embed" not in capsys.readouterr().out
-    assert not (tmp_path / "runs" / "branch" / "teachers").exists()
+    assert (tmp_path / "runs" / "branch" / "teachers").resolve() == tmp_path / "runs" / "stem" / "teachers"
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    flags = ["--runs", str(tmp_path / "moved"), "--name", "branch", "--ckpt_path", "last", "--trainer.max_steps", "3"]
+    assert experiments.fit(tmp_path, found, *flags) == 0, capsys.readouterr().err
+    assert "teachers: initial embed" not in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "moved" / "stem" / "teachers")
+    assert experiments.fit(tmp_path, found, *flags[:-1], "4") == 2
+    expected = f"{tmp_path / 'moved' / 'stem' / 'teachers'}, which is no whole cache any more"
+    assert expected in capsys.readouterr().err

@@ -33,7 +33,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -94,7 +94,8 @@ class Check:
     def methods(self) -> Iterator[Row]:
         pages = sorted(file.stem for file in (ROOT / "conf" / "methods").glob("*.yaml"))
         with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
-            yield from pool.map(self._method, pages[:1] if self.tiny else pages)
+            running = [pool.submit(self._method, page) for page in (pages[:1] if self.tiny else pages)]
+            yield from (ended.result() for ended in as_completed(running))
 
     def _method(self, page: str) -> Row:
         words = ["fit", "--config", "quickstart", "--config", f"methods/{page}", "--name", page]
@@ -266,13 +267,16 @@ def _numbers(metrics: Any) -> Row:
     return found | {name: value for name, value in metrics.get("metrics", {}).items() if "throughput" in name}
 
 
-def run_part(check: Check, part: str) -> None:
-    """In a process of its own: write each row as it comes."""
+def run_part(check: Check, part: str) -> int:
+    """In a process of its own: write each row as it comes. Returns 1 where a command of the part failed."""
+    failed = False
     with (check.out / f"{part}.jsonl").open("w") as file:
         for row in getattr(check, part)():
             file.write(json.dumps(row) + "\n")
             file.flush()
             print(row, flush=True)
+            failed |= bool(row.get("exit status"))
+    return int(failed)
 
 
 def start_part(arguments: argparse.Namespace, part: str) -> str:
@@ -314,10 +318,10 @@ def _cell(value: Any) -> str:
 
 
 def main() -> int:
-    """Run the parts that have not run; the exit status is 1 where one failed."""
+    """Run the parts that have not run; the exit status is 1 where one failed, in this call or an earlier one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=MINUTES, help="these, again; default: all that have not ended")
-    parser.add_argument("--out", type=Path, default=Path("gpu_check"))
+    parser.add_argument("--out", type=lambda folder: Path(folder).resolve(), default=Path("gpu_check").resolve())
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="towers of a few numbers: tries the tool, measures nothing")
     parser.add_argument("--part", help=argparse.SUPPRESS)
@@ -326,11 +330,9 @@ def main() -> int:
         parser.error("--device: found cuda, and there is no such device; expected cpu, with --tiny")
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.part:
-        run_part(Check(arguments.device, arguments.tiny, arguments.out), arguments.part)
-        return 0
+        return run_part(Check(arguments.device, arguments.tiny, arguments.out), arguments.part)
     board = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor() or "CPU"
     about = f"{board}, torch {torch.__version__}, Python {platform.python_version()}, {time.strftime('%Y-%m-%d')}"
-    failed = False
     for part in arguments.parts or MINUTES:
         done = arguments.out / f"{part}.done"
         if done.exists() and not arguments.parts:
@@ -338,12 +340,12 @@ def main() -> int:
         print(f"{part}: at most {MINUTES[part]} minutes", flush=True)
         begin = time.perf_counter()
         ended = start_part(arguments, part)
-        failed |= ended != "done"
         done.write_text(json.dumps({"ended": ended, "seconds": time.perf_counter() - begin}))
         (arguments.out / "table.md").write_text(table(arguments.out, about))
         print(f"{part}: {ended}", flush=True)
     print(table(arguments.out, about))
-    return int(failed)
+    ends = [json.loads(done.read_text())["ended"] for done in arguments.out.glob("*.done")]
+    return int(any(ended != "done" for ended in ends))
 
 
 if __name__ == "__main__":

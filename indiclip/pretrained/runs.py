@@ -117,9 +117,13 @@ def checkpoint_file(path: Path) -> Path:
 
 
 def _logits(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Temperature and bias of the loss that the entry `logits` names; of an older run, of its only such loss."""
+    """Temperature and bias of the loss that the entry `logits` names.
+
+    An older run is read as one whose contrastive loss had a weight; that of a distance to a teacher is another's.
+    """
     weights = checkpoint["state_dict"]
     if (loss := checkpoint.get("logits")) is None:
         losses = [key.removesuffix(f".{_LOGITS[0]}") for key in weights if _SCALE.fullmatch(key)]
+        losses = [path for path in losses if not path.endswith(".distance")] or losses
         loss = losses[0] if len(losses) == 1 else ""
     return {name: weights[f"{loss}.{name}"] for name in _LOGITS if f"{loss}.{name}" in weights}

@@ -4,7 +4,6 @@ Shape letters: see `indiclip.types`; T teachers, one here.
 """
 
 import copy
-import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -64,7 +63,7 @@ class OnlineTeacher:
                     "embeddings (indiclip embed --views)"
                 )
         scale = encoder.logit_factor if self.logit_scale is None else self.logit_scale
-        return FrozenTeacher(encoder, scale, "" if self.weights == INITIAL else f"{key}.weights: {self.weights}")
+        return FrozenTeacher(encoder, scale, keeps=self.weights == INITIAL)
 
 
 class FrozenTeacher(nn.Module):
@@ -76,21 +75,19 @@ class FrozenTeacher(nn.Module):
     Args:
         encoder: Whose embeddings are wanted.
         logit_scale: The factor on its cosines.
-        origin: Where a resumed run reads its weights from, for messages: checkpoints have their checksum alone. Empty
-            for a copy of the student, which cannot be made again: then they have all of it.
+        keeps: Whether its weights are part of checkpoints: of a copy of the student, which a resumed run cannot make
+            again. Others are read anew from where they lie.
+
+    Attributes:
+        crc32: The checksum of weights that checkpoints leave out; None of those that they have.
     """
 
-    crc32: Tensor
-
-    def __init__(self, encoder: Encoder, logit_scale: float, origin: str) -> None:
+    def __init__(self, encoder: Encoder, logit_scale: float, keeps: bool) -> None:
         super().__init__()
-        self.logit_scale_, self.origin = logit_scale, origin
-        self.encoder = None if origin else encoder
-        self._apart: list[Any] = [encoder] if origin else []  # in a list, which torch does not look into
-        self._crc32 = crc32_of(encoder.state_dict()) if origin else 0
-        if origin:
-            self.register_buffer("crc32", torch.tensor(self._crc32))
-        self._is_compared = not origin
+        self.logit_scale_ = logit_scale
+        self.encoder = encoder if keeps else None
+        self.crc32 = None if keeps else crc32_of(encoder.state_dict())
+        self._apart: list[Any] = [] if keeps else [encoder]  # in a list, which torch does not look into
         self._said: Any = WeakTensorKeyDictionary()  # of the patches that came without gradients
 
     def train(self, mode: bool = True) -> Self:
@@ -112,14 +109,6 @@ class FrozenTeacher(nn.Module):
 
     @torch.no_grad()
     def _embed(self, images: Images, captions: list[str] | Texts) -> tuple[Tensor, Tensor, Tensor]:
-        if not self._is_compared:  # once, in the first step, after a checkpoint was read
-            self._is_compared = True
-            if (found := int(self.crc32)) != self._crc32:
-                warnings.warn(
-                    f"{self.origin}: has other weights ({self._crc32:08x}) than when the run was stopped ({found:08x})",
-                    stacklevel=2,
-                )
-                self.crc32.fill_(self._crc32)
         device = images["patches_BNP"].device
         if self._apart and self._apart[0].device != device:
             self._apart[0].to(device)

@@ -47,7 +47,7 @@ def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
 
 
 def check_length(model: MultiTask, data: MultiTaskData, num_steps: int) -> None:
-    """Refuse heads, stages and views that begin or end behind a run's last step.
+    """Refuse heads, stages and views that begin or end behind a run's last step; warn of a source that is read once.
 
     Args:
         num_steps: Of the run, or more.
@@ -59,6 +59,9 @@ def check_length(model: MultiTask, data: MultiTaskData, num_steps: int) -> None:
     for key, source in keyed("data.train", data.train).items():
         stage_ends(source.stages, num_steps, f"{key}.stages")
         source.change_steps(num_steps)
+        if 1 < num_steps <= source.every:
+            found = f"{key}.every: found {source.every} of {num_steps} steps in all"
+            warnings.warn(f"{found}: the task {source.task!r} trains in the first step alone", stacklevel=2)
 
 
 def _check_source(key: str, source: Source, heads: Sequence[Head], backbone: Backbone, trains: bool) -> None:

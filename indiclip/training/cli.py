@@ -187,7 +187,7 @@ class IndiCLI(LightningCLI):
         assert self.folder is not None
         lock(self.folder)
         checkpoint = self._get(self.config_init, "ckpt_path")
-        begun = None if checkpoint is None else Path(checkpoint).resolve().parent.parent
+        begun = Path(checkpoint).resolve().parent.parent if checkpoint and Path(checkpoint).exists() else None
         place_caches(self.datamodule, self.folder, begun)
         check(self.model, self.datamodule, str(self.subcommand))
         self._before_meeting()

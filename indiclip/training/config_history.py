@@ -53,22 +53,22 @@ class ConfigHistory(SaveConfigCallback):
             self.portable.copy_files()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint[_FOUND] = _found(trainer)
+        checkpoint[_FOUND] = _found(trainer, pl_module)
         if self._began is not None and trainer.global_step > self._began:
             self._keep(trainer)  # a run that is stopped in its first step has not come to `on_train_batch_end`
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Compare the samples, which may be others under the same config.
+        """Compare the samples, and weights that heads read, which may be others under the same config.
 
         Raises:
             ValueError: They are not those of the checkpoint's run, and `override` is not set.
         """
-        now = _found(trainer)
-        lines = [line for _, line in differences(checkpoint.get(_FOUND, now), now)]
+        now = _found(trainer, pl_module)
+        lines = [line for _, line in differences(now | checkpoint.get(_FOUND, {}), now)]  # older ones say less
         if lines and not self.config["override"]:
-            raise ValueError(f"--ckpt_path: its run read other samples: {'; '.join(lines)}; {_OVERRIDE}")
+            raise ValueError(f"--ckpt_path: its run read other data: {'; '.join(lines)}; {_OVERRIDE}")
         if lines and trainer.is_global_zero:
-            print("samples changed since the checkpoint:", *lines, sep="\n  ")
+            print("changed since the checkpoint:", *lines, sep="\n  ")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began = trainer.global_step
@@ -134,10 +134,11 @@ def check_changes(parser: LightningArgumentParser, config: Any) -> list[str]:
     return lines
 
 
-def _found(trainer: Trainer) -> dict[str, dict[str, int]]:
-    """The samples that each source trains on, see `fingerprint`."""
+def _found(trainer: Trainer, module: Any) -> dict[str, dict[str, int]]:
+    """The samples that each source trains on, and what heads read beside them, see `fingerprint` of both."""
     sources = keyed("data.train", trainer.datamodule.train)  # type: ignore[attr-defined]
-    return {name: fingerprint(source.dataset) for name, source in sources.items()}
+    found = {name: fingerprint(source.dataset) for name, source in sources.items()}
+    return found | {f"heads.{head.name}": kept for head in module.each_head() if (kept := head.fingerprint())}
 
 
 def _is_under(key: str, paths: Iterable[str]) -> bool:

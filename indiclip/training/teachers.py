@@ -1,6 +1,7 @@
 """The caches of teachers that a run's sources name: made where they may be, opened and compared before training."""
 
 import atexit
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -29,16 +30,30 @@ def place_caches(data: MultiTaskData, folder: Path, begun: Path | None) -> None:
         folder: Of the run. Of a new one that has several processes only the first knows it.
         begun: The folder of the run whose checkpoint this one goes on from, which may have another name. It has the
             cache that it was begun with, and its initial encoder is no more.
+
+    Raises:
+        ValueError: The cache of the run that this one began from is gone.
     """
     caches = _caches(source.teachers for source in data.train)
     without = [cache for cache in caches if cache.folder is None]
     for number, cache in enumerate(without if begun or is_first_process() else [], 1):
         name = "teachers" if number == 1 else f"teachers-{number}"
-        own = begun if begun is not None and _is_done(begun / name) else folder
-        cache.folder = str(own / name)
+        if begun is not None and _is_done(begun / name):
+            cache.folder = str(begun / name)
+            _link(folder / name, begun / name)
+        elif (folder / name).is_symlink():
+            raise ValueError(f"{folder / name}: leads to {(folder / name).resolve()}, which is no whole cache any more")
+        else:
+            cache.folder = str(folder / name)
     for cache in caches if begun else []:
         if _is_done(cache.path):
             cache.make = None
+
+
+def _link(link: Path, cache: Path) -> None:
+    """In a branch's folder, so that it finds the cache again when it is itself stopped and goes on."""
+    if is_first_process() and not link.exists():
+        link.symlink_to(os.path.relpath(cache.resolve(), link.parent.resolve()))
 
 
 def prepare_teachers(encoder: Encoder, data: MultiTaskData, heads: Iterable[Head]) -> None:
