@@ -1,5 +1,6 @@
 """Studies: equal FLOPs, slices that go on, one-line errors, statistics by hand, and the page with all of it."""
 
+import csv
 import errno
 import json
 import os
@@ -29,7 +30,7 @@ from _study_page import write_study
 from _study_prepare import Prepared
 from _study_read import read_grid
 from _study_results import Results
-from _study_runs import Place, common_step
+from _study_runs import Place, common_step, curve
 from _study_slice import Slice, Task
 from _study_state import Study
 
@@ -111,7 +112,7 @@ def test_a_stopped_study_goes_on_and_what_is_done_is_not_repeated(done, capsys):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     assert study.main([str(file), "--runs", str(folder.parent)]) == 0
     changed = {path.name for path, time_ns in before.items() if path.stat().st_mtime_ns != time_ns}
-    assert changed == {"study.html", "study.md", ".lock"}
+    assert changed == {"study.html", "study.md", "study.csv", ".lock"}
     assert "0 runs are left: about 0.00 CPU-hours" in capsys.readouterr().out
 
 
@@ -167,6 +168,12 @@ def test_the_page_has_every_number_and_the_commands(done):
     of = Results(done_study).compared("scenes/zero_shot@32", "FLOPs")["wide"]
     numbers = f"{of.own.value:+.3f} ({of.pooled.low:+.3f} to {of.pooled.high:+.3f})"
     assert row == f"| wide | {relative:.2f} | {wide.steps} | – | {of.verdict} {numbers} |"
+    with (folder / "study.csv").open() as opened:
+        rows = {tuple(row[name] for name in ("arm", "seed", "step")): row for row in csv.DictReader(opened)}
+    listed = rows["wide", "1", str(wide.steps)]
+    assert {name: float(listed[name]) for name in of_wide} == pytest.approx(of_wide, rel=1e-4)
+    (_, validated), *_ = curve(done_study.place(done_study.seeds()[0]), "val/contrastive/zero_shot")
+    assert f"{validated:.5g}" in [row["val/contrastive/zero_shot"] for row in rows.values()]
 
 
 @pytest.mark.slow

@@ -187,7 +187,8 @@ def arm_content(grid: Grid, arm: str, folder: Path) -> list[Any]:
 def prepared_content(grid: Grid, name: str) -> list[Any]:
     """All that says what a command of `prepare` makes."""
     command = grid.prepare[name].command
-    return [command, _said(Path(word) for word in shlex.split(command) if word.endswith(".yaml"))]
+    words = [word.rpartition("=")[2] for word in shlex.split(command)]
+    return [command, _said(Path(word) for word in words if word.endswith(".yaml"))]
 
 
 def _said(files: Iterable[Path]) -> list[Any]:

@@ -20,14 +20,14 @@ from _study_runs import BEFORE_TRAINING, Costs, common_step
 from _study_scores import Scores, scored
 from _study_state import Study
 from _study_statistics import NO_DIFFERENCE, Difference
-from _study_table import ends, markdown, mean_of, signed
+from _study_table import ends, markdown, mean_of, numbers, signed
 
 from indiclip import json_lines
 from indiclip.evals.reports.page import write_page
 
 
 def write_study(study: Study, prepared: Prepared, failed: list[str]) -> Path:
-    """Write `study.html` and `study.md`, with what went wrong meanwhile; the page's path."""
+    """Write `study.html`, `study.md` and `study.csv`, with what went wrong meanwhile; the page's path."""
     results = Results(study)
     grid, costs = study.grid, Costs(study.root)
     main = [name for name in grid.main if name in results.names] or results.names[:4]
@@ -67,6 +67,7 @@ def write_study(study: Study, prepared: Prepared, failed: list[str]) -> Path:
     }
     end = f"{sum(spent.values()) / 3600:.1f} CPU-hours, {values['dates']}. {machine}."
     json_lines.write_whole(study.root / "study.md", markdown(results, main, tables, rows, references, end).encode())
+    json_lines.write_whole(study.root / "study.csv", numbers(results).encode())
     return write_page(study.root / "study.html", "study.html", **values)
 
 

@@ -1,13 +1,17 @@
-"""A study's verdicts as Markdown, to be copied: for each arm and main score a word and its numbers, and the cost."""
+"""A study's verdicts as Markdown, to be copied: for each arm and main score a word and its numbers, and the cost; and
+every number of every seed as CSV."""
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 from _study_results import Compared, Results
+from _study_runs import curve
 from _study_scores import Scores
 from _study_statistics import Difference
 
@@ -56,6 +60,27 @@ def markdown(
     seeds = sorted({len(grid.arm_seeds(arm)) for arm in grid.arms})
     notes = _NOTES.format(control=grid.control, seeds=" or ".join(map(str, seeds)), lower=", ".join(lower) or "none")
     return "\n".join([*lines, notes, *([end, ""] if end else [])])
+
+
+def numbers(results: Results) -> str:
+    """CSV with a row for each run and step at which it was scored or validated, and a column for each score.
+
+    The last column is validation's, by which learning rates were chosen. Nothing stands where nothing was measured.
+    """
+    metric = results.grid.select.metric
+    rows: dict[tuple[str, int, int], dict[str, float]] = {}
+    for place in results.places:
+        arm, seed = place.run.arm, place.run.seed
+        rows |= {(arm, seed, step): {metric: value} for step, value in curve(place, metric)}
+        for step, scores in results.scores[arm, seed].items():
+            rows[arm, seed, step] = rows.get((arm, seed, step), {}) | scores
+    text = io.StringIO()
+    written = csv.writer(text, lineterminator="\n")
+    written.writerow(["arm", "seed", "step", *results.names, metric])
+    for key in sorted(rows, key=lambda row: (list(results.grid.arms).index(row[0]), *row[1:])):
+        values = (rows[key].get(name) for name in (*results.names, metric))
+        written.writerow([*key, *("" if value is None else f"{value:.5g}" for value in values)])
+    return text.getvalue()
 
 
 def _row(results: Results, costs: dict[str, Any], tables: dict[str, dict[str, Compared]]) -> str:
