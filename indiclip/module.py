@@ -4,6 +4,7 @@ import os
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Self, cast
 
@@ -233,6 +234,11 @@ class MultiTask(L.LightningModule):
         for head in self.active_heads():
             if head.task not in batches:
                 raise ValueError(f"model.heads: {head.name} reads the task {head.task!r}; the step has no batch of it")
+        with sharding.gathered_through_gradients(self) if self.task_weights.compares_heads else nullcontext():
+            return self._loss(batches) + self._nothing_of_idle_parameters()
+
+    def _loss(self, batches: Batches) -> Tensor:
+        """What the backward pass of a step begins with."""
         watched = self.task_weights.watched(self)
         if self.micro_batches == 1:
             loss = self._total(self._outputs(batches))
@@ -245,7 +251,7 @@ class MultiTask(L.LightningModule):
             # Of the step alone: ranks draw alike.
             place = (os.environ.get("PL_GLOBAL_SEED", "0"), batches_done(self.trainer), "task weights")
             loss = self.task_weights.total(loss, gradients, watched, zlib.crc32(repr(place).encode()))
-        return loss + self._nothing_of_idle_parameters()
+        return loss
 
     def on_after_backward(self) -> None:
         self.head_losses = {name: loss.detach() for name, loss in self.head_losses.items()}  # frees what made them

@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -114,10 +114,10 @@ def check_task_weights(task_weights: TaskWeights, module: Any, trainer: L.Traine
             f"{name} compares gradients on a block of the backbone, of which nothing is trained (model.freeze, "
             "model.encoder.lora); expected some of it trained, or no task_weights"
         )
-    if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+    if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
         raise ValueError(
             f"{name} needs each head's whole gradients on each rank, and this trainer.strategy shares them out; "
-            "expected ddp, or indiclip.task_weights.Uncertainty"
+            "expected ddp, or indiclip.training.sharding.ShardedStrategy"
         )
     if trainer.precision == "16-mixed":
         raise ValueError(

@@ -161,6 +161,23 @@ def gathered_weights(module: nn.Module) -> Iterator[None]:
         release(module)
 
 
+@contextmanager
+def gathered_through_gradients(module: nn.Module) -> Iterator[None]:
+    """All weights on each rank, from here until the backward pass of a step: for a step that goes back several times.
+
+    Inside, a parameter is the whole one, with which the forward pass is made: `torch.autograd.grad` takes it. Without
+    effect on a module that is not sharded.
+    """
+    gather(module)
+    for part in _units(module):
+        part.set_reshard_after_backward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for part in _units(module):
+            part.set_reshard_after_backward(True, recurse=False)
+
+
 def gather(module: nn.Module) -> None:
     """Enter `gathered_weights`. Without effect on a module that is not sharded."""
     with torch.inference_mode(False), torch.no_grad():  # what is made here is trained with

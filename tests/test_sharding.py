@@ -92,6 +92,32 @@ def test_micro_batches_of_shards_are_the_batch_of_ddp(tmp_path):
     assert largest_difference(*(weights(run_folder) for run_folder in found.values())) < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("name", "micro_batches", "copies"),
+    [
+        ("GradNorm", 1, 1),
+        pytest.param("GradNorm", 2, 2, marks=pytest.mark.slow),
+        pytest.param("PCGrad", 1, 2, marks=pytest.mark.slow),
+        ("PCGrad", 2, 1),
+    ],
+)
+def test_heads_are_compared_on_shards_as_with_ddp(name, micro_batches, copies, tmp_path):
+    """With and without micro-batches, which DDP does without."""
+    found = {}
+    for kind, strategy in {"ddp": "ddp", "sharded": sharded(copies, 2)}.items():
+        tree = four_tasks(strategy)
+        tree["model"] |= {"task_weights": {"class_path": f"indiclip.task_weights.{name}"}, "lr": 0.1}
+        tree["model"]["micro_batches"] = micro_batches if kind == "sharded" else 1
+        no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        tree["model"]["encoder"]["text"]["architecture"] |= no_dropout
+        done, found[kind] = fitted(tmp_path / kind, tree, 2 * copies)
+        assert done.returncode == 0, done.stderr
+    first, second = (weights(run_folder) for run_folder in found.values())
+    assert largest_difference(first, second) < 1e-6
+    if name == "GradNorm":
+        assert (first["task_weights.learned_K"] - 1).abs().max() > 0.01
+
+
 def four_tasks(strategy):
     """conf/mela.yaml, small."""
     tree = yaml.safe_load((ROOT / "conf" / "mela.yaml").read_text())
