@@ -82,30 +82,42 @@ def tensors(checkpoint):
     return [(path, leaf) for path, leaf in torch.utils._pytree.tree_flatten_with_path(kept)[0] if torch.is_tensor(leaf)]
 
 
+def check_killed(words, folder, last=LAST, steps=KILLED):
+    """Assert that a run of so many steps, killed by SIGKILL after some of them, ends at the same bits.
+
+    Args:
+        words: Of the command, which saves a checkpoint after each step.
+        folder: For the runs.
+    """
+
+    def fit(name, *more):
+        return in_processes([partial(run, [*words, "--runs", str(folder / name), *more])], folder)
+
+    def end(name):
+        checkpoints = (folder / name).glob("*/checkpoints/last.ckpt")
+        found = torch.load(max(checkpoints, key=lambda file: file.stat().st_mtime), weights_only=True)
+        assert found["global_step"] == last
+        return dict(tensors(found))
+
+    assert (done := fit("whole")).returncode == 0, done.stderr
+    whole = end("whole")
+    for step in steps:
+        kill = ["--trainer.callbacks+=test_methods.KillAfter", f"--trainer.callbacks.step={step}"]
+        done = fit(f"killed-{step}", *kill)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert (done := fit(f"killed-{step}", "--ckpt_path", "last")).returncode == 0, done.stderr
+        resumed = end(f"killed-{step}")
+        apart = [path for path, value in whole.items() if not torch.equal(resumed[path], value)]
+        assert apart == [], f"killed after step {step}"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EACH)
 def test_a_killed_run_goes_on_bit_by_bit(name, tmp_path):
-    """By SIGKILL, before a border of its schedule, at it and behind it, where it has one."""
+    """Before a border of its schedule, at it and behind it, where it has one."""
     words = ["fit", "--config", str(small_quickstart(tmp_path)), "--config", f"methods/{name}"]
     words += ["--data.train.batch_size=8"] * (name == "unicl")  # of the source that it adds, as large as the first
-
-    def in_folder(folder, *more):
-        done = in_processes([partial(run, [*words, "--runs", str(tmp_path / folder), *more])], tmp_path)
-        return done
-
-    assert in_folder("whole").returncode == 0
-    whole = torch.load(tmp_path / "whole" / "small" / "checkpoints" / "last.ckpt", weights_only=True)
-    assert whole["global_step"] == LAST
-    for step in KILLED:
-        kill = ["--trainer.callbacks+=test_methods.KillAfter", f"--trainer.callbacks.step={step}"]
-        done = in_folder(f"killed-{step}", *kill)
-        assert done.returncode == -signal.SIGKILL, done.stderr
-        assert in_folder(f"killed-{step}", "--ckpt_path", "last").returncode == 0
-        last = max((tmp_path / f"killed-{step}").glob("small*/checkpoints/last.ckpt"), key=lambda f: f.stat().st_mtime)
-        resumed = torch.load(last, weights_only=True)
-        assert resumed["global_step"] == LAST
-        apart = [path for path, value in tensors(whole) if not torch.equal(dict(tensors(resumed))[path], value)]
-        assert apart == [], f"killed after step {step}"
+    check_killed(words, tmp_path)
 
 
 @pytest.mark.parametrize("methods", [["lit", "ema"], ["lora", "layer_decay"]], ids=str)

@@ -9,6 +9,7 @@ import yaml
 from PIL import Image
 from recipe_data import ROOT, india, train_tokenizer
 from test_img2dataset import write
+from test_methods import check_killed
 
 from indiclip.generated.mela import Mela
 from indiclip.module import MultiTask
@@ -23,6 +24,7 @@ TINY = [
     *("--trainer.precision", "32-true", "--trainer.accelerator", "cpu", "--data.num_workers", "0"),
     *("--trainer.limit_val_batches", "1", "--trainer.log_every_n_steps", "1"),
 ]
+EACH_STEP = "indiclip.training.fault_tolerance.checkpoints.Checkpoints"
 BATCHES = {16384: 8, 4096: 4, 2048: 3, 1024: 4, 512: 4, 128: 4, 64: 3, 32: 2}  # in place of the page's
 NUMBERS = {"depth": 1, "channels": 8, "num_convs": 1, "out_channels": 8, "num_prototypes": 16, "count": 2}
 SMALLER = {
@@ -84,6 +86,16 @@ def test_every_stage_of_a_recipe_trains(name, tokens, last, data, tmp_path, monk
     metrics = json.loads((tmp_path / name / "metrics.json").read_text())["metrics"]
     assert {key.split("/")[1] for key in metrics if key.startswith("val/")} == everything
     assert len({key for key in metrics if key.startswith("val/contrastive/image_to_text_r1/")}) == 13
+
+
+@pytest.mark.slow
+def test_a_recipe_that_is_killed_where_its_stages_end_goes_on_bit_by_bit(data, tmp_path, monkeypatch):
+    """At both borders, and inside the last stage; whatever it trains is in the last one."""
+    monkeypatch.setenv("INDICLIP_DATA", str(data))
+    words = ["fit", "--config", str(shrunk("india_b16", tmp_path)), *TINY, "--trainer.limit_val_batches", "0"]
+    words += ["--trainer.max_steps", "10", "--model.warmup_steps", "2", "--trainer.callbacks+", EACH_STEP]
+    words += ["--trainer.callbacks.every_n_train_steps", "1", "--trainer.callbacks.filename", "each-{step}"]
+    check_killed(words, tmp_path, last=10, steps=(6, 8, 9))
 
 
 @pytest.mark.parametrize("name", ["india_b16", "india_l14"])
