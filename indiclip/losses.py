@@ -37,6 +37,7 @@ from indiclip.logit_chunks import Chunk, LogitChunks
 from indiclip.logit_chunks import Mixture as Mixture
 from indiclip.softmax_sums import softmax_sums, softmax_targets
 
+
 def caption_ids(captions: Sequence[str]) -> Tensor:
     """Numbers captions so that equal captions have equal ids on every rank, machine and run.
 

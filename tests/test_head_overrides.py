@@ -1,6 +1,5 @@
 """A page that stacks on another one changes arguments of its heads, as if they had been written so."""
 
-
 import pytest
 import yaml
 from experiments import config

@@ -11,7 +11,8 @@ with one thread. Its weights are scored at its end, on test data that chose noth
 run that it is compared with: equal FLOPs and equal steps are read from the same run.
 
 Nothing that is done is done again: a slice ends after `--minutes`, by Ctrl-C or by SIGTERM, with a checkpoint of what
-runs, and the same command goes on. Whenever it ends it writes `study.html`, `study.md` and `study.csv` from what is there.
+runs, and the same command goes on. Whenever it ends it writes `study.html`, `study.md` (the main scores' verdicts) and
+`study.csv` (every number of every seed) from what is there.
 """
 
 from __future__ import annotations
