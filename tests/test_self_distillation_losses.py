@@ -1,6 +1,7 @@
 """Against loops in float64, Sinkhorn's iteration as it is written in the papers, and lightly's losses.
 
 Numbers of lightly are what its 1.6.0 gave for inputs in float64 that `waves` makes: a loss and its gradient's norm.
+Where it is installed (`pip install --no-deps lightly`) they are compared with what it gives now.
 """
 
 import math
@@ -30,6 +31,14 @@ def loss_and_norm(loss, of):
     return loss.item(), gradient.norm().item()
 
 
+# DINOLoss(6, teacher_temp=0.04, student_temp=0.1), three steps; 2 crops of the teacher and 5 of the student.
+DINO = [
+    (9.457552357053979, 2.2573782196159136), (9.933161062736598, 2.436563821095802),
+    (7.9584235757762105, 2.115929609897288),
+]  # fmt: skip
+# IBOTPatchLoss(6) of what a mask hides, and IBOTPlusPlusPatchLoss(6), which counts what it shows by half.
+IBOT = {0.0: (9.950253494423023, 2.9613245538186272), 0.5: (14.338903264233078, 3.226683129308932)}
+KOLEO = (1.1299194065179285, 2.0809779078177526)
 EYE = torch.eye(6, dtype=torch.float64)  # prototypes, with which points are the logits themselves
 
 
@@ -79,13 +88,8 @@ def test_targets_are_those_of_all_ranks_also_where_one_has_no_row(tmp_path, cent
 
 
 def test_a_running_mean_centres_as_that_of_lightly():
-    """DINOLoss(6, teacher_temp=0.04, student_temp=0.1), three steps; 2 crops of the teacher and 5 of the student."""
-    expected = [
-        (9.457552357053979, 2.2573782196159136), (9.933161062736598, 2.436563821095802),
-        (7.9584235757762105, 2.115929609897288),
-    ]  # fmt: skip
     targets = Targets(6, 0.04, "mean").double()
-    for seed, theirs in enumerate(expected):
+    for seed, theirs in enumerate(DINO):
         teacher_BGK, student_BSK = waves(4, 2, 6, seed=seed), waves(4, 5, 6, seed=seed + 9).requires_grad_()
         of_teacher = targets.of(teacher_BGK.flatten(0, 1), EYE)(slice(None)).unflatten(0, (4, 2))
         targets.update(torch.ones(()))
@@ -106,12 +110,8 @@ def test_each_crop_is_compared_with_the_others_of_its_image(same_crops):
     assert_close(dino_loss(targets_BGK, logits_BSK, 0.1, same_crops), torch.stack(terms).mean())
 
 
-@pytest.mark.parametrize(
-    ("visible_weight", "theirs"),
-    [(0.0, (9.950253494423023, 2.9613245538186272)), (0.5, (14.338903264233078, 3.226683129308932))],
-)
+@pytest.mark.parametrize(("visible_weight", "theirs"), IBOT.items())
 def test_each_image_weighs_as_much_in_the_loss_of_tokens_as_in_lightly(visible_weight, theirs):
-    """IBOTPatchLoss(6) of what a mask hides, and IBOTPlusPlusPatchLoss(6), which counts what it shows by half."""
     mask_BHW = waves(4, 3, 3, seed=5) > 0.3
     rows, weights = predicted_tokens(list(mask_BHW.numpy()), 9, None, visible_weight)
     rows, weights = torch.from_numpy(rows), torch.from_numpy(weights).double()
@@ -119,6 +119,25 @@ def test_each_image_weighs_as_much_in_the_loss_of_tokens_as_in_lightly(visible_w
     targets = Targets(6, 0.04, "mean").double().of(teacher_RK[rows], EYE)
     total, _ = chunked_cross_entropy(student_RK[rows] / 0.1, EYE, targets, weights, elements=12)  # two rows at a time
     assert loss_and_norm(total / 4, student_RK) == pytest.approx(theirs, rel=1e-6)  # weights are float32
+
+
+def test_the_numbers_of_lightly_are_its_own():
+    lightly = pytest.importorskip("lightly.loss", reason="lightly is not installed")
+    dino = lightly.DINOLoss(6, teacher_temp=0.04, student_temp=0.1).double()
+    for seed, theirs in enumerate(DINO):
+        student_BSK = waves(4, 5, 6, seed=seed + 9).requires_grad_()
+        loss = dino([*waves(4, 2, 6, seed=seed).unbind(1)], [*student_BSK.unbind(1)])
+        assert loss_and_norm(loss, student_BSK) == pytest.approx(theirs, rel=1e-7)
+    mask_BHW, teacher_RK = waves(4, 3, 3, seed=5) > 0.3, waves(36, 6)
+    student_RK = waves(36, 6, seed=1).requires_grad_()
+    hidden = mask_BHW.flatten()
+    masked = lightly.IBOTPatchLoss(6, teacher_temp=0.04).double()(teacher_RK[hidden], student_RK[hidden], mask_BHW)
+    assert loss_and_norm(masked, student_RK) == pytest.approx(IBOT[0.0], rel=1e-7)
+    both = lightly.IBOTPlusPlusPatchLoss(6, teacher_temp=0.04).double()
+    loss = both(teacher_RK, student_RK, mask_BHW, visible_loss_weight=0.5)
+    assert loss_and_norm(loss, student_RK) == pytest.approx(IBOT[0.5], rel=1e-7)
+    x_BD = waves(8, 4).requires_grad_()
+    assert loss_and_norm(lightly.KoLeoLoss()(x_BD), x_BD) == pytest.approx(KOLEO, rel=1e-7)
 
 
 def test_koleo_is_of_the_nearest_of_all_ranks_gradients_too(tmp_path):
