@@ -73,7 +73,7 @@ class MaskedModelling(Head):
         losses: Their weights by name; None is all of them, each with weight 1 as FLAVA has it.
         targets: What `mim` and `mmm_image` guess: `codebook`, which of a k-means codebook's patches is nearest; or
             `teacher`, the vectors that an average of the image tower makes of the whole image.
-        codebook: Of `targets: codebook`. It begins with patches of the first step, in which all codes are as likely.
+        codebook: Of `targets: codebook`. It begins with patches of the first step, in which every guess is as good.
         teacher_decay: Of `targets: teacher`: share of the old average in a step.
         image_ratio: Share of an image's patches that are hidden, in blocks. FLAVA hides 75 of 196.
         text_ratio: Share of a text's tokens that are hidden: BERT's, without its random words.

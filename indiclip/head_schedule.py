@@ -1,4 +1,4 @@
-"""Which heads take part in a step, and what nobody trains meanwhile."""
+"""Which heads take part in a step, what nobody trains meanwhile, and whose temperature is the model's."""
 
 from collections.abc import Iterable, Sequence
 from itertools import chain

@@ -241,11 +241,12 @@ def restart_schedule(scheduler: LambdaLR) -> None:
     Warns of a rate that rises, as of a longer run that begins inside the decay of a shorter one.
     """
     groups = scheduler.optimizer.param_groups
-    before, peak, now = scheduler.get_last_lr()[0], scheduler.base_lrs[0], scheduler.lr_lambdas[0](scheduler.last_epoch)
-    if now * peak > 1.01 * before:
+    now = scheduler.lr_lambdas[0](scheduler.last_epoch)
+    shares = [rate / peak for rate, peak in zip(scheduler.get_last_lr(), scheduler.base_lrs, strict=True) if peak]
+    if shares and now > 1.01 * shares[0]:
         warnings.warn(
-            f"model.lr_schedule: behind step {scheduler.last_epoch} the rate rises from {before / peak:.3g} to "
-            f"{now:.3g} of its peak: the checkpoint's run had lowered it; expected a checkpoint from before its decay",
+            f"model.lr_schedule: behind step {scheduler.last_epoch} the rate rises from {shares[0]:.3g} to {now:.3g} "
+            "of its peak, as where the checkpoint's run had begun to decay it or was still warming up",
             stacklevel=2,
         )
     scheduler.base_lrs = [group["initial_lr"] for group in groups]

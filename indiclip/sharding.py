@@ -163,15 +163,15 @@ def gathered_weights(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def gathered_through_gradients(module: nn.Module) -> Iterator[None]:
-    """All weights on each rank, from here until the backward pass of a step: for a step that goes back several times.
+    """All weights on each rank, for a step that goes back several times; the backward pass after it lets them go.
 
     Inside, a parameter is the whole one, with which the forward pass is made: `torch.autograd.grad` takes it. Without
     effect on a module that is not sharded.
     """
-    gather(module)
-    for part in _units(module):
-        part.set_reshard_after_backward(False, recurse=False)
     try:
+        gather(module)
+        for part in _units(module):
+            part.set_reshard_after_backward(False, recurse=False)
         yield
     finally:
         for part in _units(module):

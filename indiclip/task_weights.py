@@ -225,5 +225,10 @@ def gradients_of(parts: Mapping[str, Tensor], parameters: Sequence[Tensor]) -> d
 
 def flat(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
     """Gradients on parameters as one vector, at least in float32; 0 where there is none."""
-    pairs = zip(gradients, parameters, strict=True)
-    return torch.cat([in_float32(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
+
+    def row(gradient: Tensor | None, p: Tensor) -> Tensor:
+        if gradient is None:  # not `zeros_like`: what is gathered in float8 has no such numbers
+            return torch.zeros(p.numel(), dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
+        return in_float32(gradient).flatten()
+
+    return torch.cat([row(gradient, p) for gradient, p in zip(gradients, parameters, strict=True)])

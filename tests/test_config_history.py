@@ -121,6 +121,26 @@ def test_a_rate_that_rises_again_is_told(step, tmp_path, recwarn):
     assert [message.startswith(expected) for message in told] == [True] * (step == 4)
 
 
+def test_a_bound_that_was_written_down_as_softmaxs_own_is_no_change(tmp_path, capsys):
+    """As runs did when the logit scale's bound was 100 for each loss."""
+    contrastive = {"class_path": "heads.contrastive.Contrastive", "init_args": {"loss": "softmax"}}
+    assert fit(tmp_path, config(model__heads=[contrastive])) == 0
+    file = tmp_path / FOLDER / "config.yaml"
+    assert "max_logit_scale: null" in file.read_text()
+    file.write_text(file.read_text().replace("max_logit_scale: null", "max_logit_scale: 100.0"))
+    assert going_on(tmp_path, config(model__heads=[contrastive]), "--trainer.max_steps", "3") == 0
+    assert "max_logit_scale" not in capsys.readouterr().out.partition("changed since")[2]
+
+
+def test_a_source_that_a_lone_checkpoint_did_not_know_is_told(folder, capsys):
+    """Where no config lies beside it."""
+    last = shutil.copy(folder / FOLDER / "checkpoints" / "last.ckpt", folder / "lone.ckpt")
+    tree = config(trainer__max_steps=3)
+    tree["data"]["train"].append(tree["data"]["train"][0])
+    assert fit(folder, tree, "--ckpt_path", str(last), "--name", "other") == 2
+    assert "--ckpt_path: its run read other data: data.train[1]" in capsys.readouterr().err
+
+
 def test_with_override_it_trains_on(folder):
     longer = config(trainer__max_steps=3, data__train__0__batch_size=3)
     assert going_on(folder, longer, "--override", "true") == 0

@@ -178,7 +178,7 @@ def test_one_line_says_what_is_wrong(tmp_path, capsys, changes, message):
 
 def test_a_task_that_trains_once_is_told(tmp_path):
     with pytest.warns(
-        UserWarning, match=r"data.train\[0\].every: found 4 of 2 steps in all: the task 'contrastive' trains"
+        UserWarning, match=r"data.train\[0\].every: found 4 of 2 steps in all: the task 'contrastive' has a batch"
     ):
         assert fit(tmp_path, tree_of(4, steps=2)) == 0
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from experiments import ENCODER, config, fit
 from helpers import batch_images, noise
-from test_sharding import EMA, fitted, largest_difference, sharded, weights
+from test_sharding import EMA, fitted, four_tasks, largest_difference, sharded, weights
 from torch import nn
 
 import indiclip
@@ -127,3 +127,12 @@ def test_shards_end_near_the_weights_of_ddp(recipe, tmp_path):
         ends[name] = weights(run_folder)
         assert all(type(tensor) is torch.Tensor for tensor in ends[name].values())
     assert largest_difference(ends["ddp"], ends["sharded"]) < 0.005
+
+
+def test_heads_are_compared_on_shards_in_float8(tmp_path):
+    """Whose whole weights are in float8: where a head does not reach one, there is no zero of its kind."""
+    tree = four_tasks(sharded(1, 2))
+    tree["model"] |= {"float8": "tensorwise", "task_weights": {"class_path": "indiclip.task_weights.PCGrad"}}
+    tree["trainer"] |= {"precision": "bf16-mixed", "max_steps": 2, "callbacks": []}
+    done, _ = fitted(tmp_path / "run", tree, 2)
+    assert done.returncode == 0, done.stderr

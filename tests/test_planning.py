@@ -218,6 +218,9 @@ def test_memory_by_hand():
     assert hsdp["activations"] == 525
     assert hsdp["communication buffers"] == (2 * 400 + 800) / 2 + 400
     assert checkpointed(counts, WEIGHTS) == {IMAGE_TOWER: 100 + 1000 / 4, "head": 50}
+    compared = replace(WEIGHTS, stay_gathered=True, of_each_head=9600)
+    fsdp = per_gpu(compared, counts, 7, "fsdp", shards=16, world=16, computes_in=2)
+    assert (fsdp["communication buffers"], fsdp["gradients of each head"]) == (4000 / 2 + 400, 9600)
     alone = per_gpu(WEIGHTS, counts, 7, "ddp", shards=1, world=1)
     assert alone["communication buffers"] == 0
 

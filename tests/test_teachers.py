@@ -111,7 +111,7 @@ def test_a_damaged_cache_of_a_run_is_made_anew(tmp_path, capsys):
 def test_each_cache_of_a_run_has_a_folder_of_its_own(tmp_path):
     """One for both sources of a task, by an override, and those of a run that goes on are found again."""
     for begun in (None, tmp_path):
-        makes = [TeacherCache(make=MakeTeachers(["initial"])) for _ in range(2)]
+        makes = [TeacherCache(make=MakeTeachers(["runs/larger"])) for _ in range(2)]
         sources = [Source(task, Mela(num_scenes=4), 4) for task in ("a", "a", "b")]
         overrides = [SourceOverride(task, teachers=cache) for task, cache in zip("ab", makes, strict=True)]
         data = MultiTaskData([*sources, Source("c", Mela(num_scenes=4), 4)], overrides=overrides)
@@ -142,5 +142,5 @@ def test_a_branch_under_another_name_has_the_cache_of_its_run(tmp_path, capsys):
     assert "teachers: initial embed" not in capsys.readouterr().out
     shutil.rmtree(tmp_path / "moved" / "stem" / "teachers")
     assert experiments.fit(tmp_path, found, *flags[:-1], "4") == 2
-    expected = f"{tmp_path / 'moved' / 'stem' / 'teachers'}, which is no whole cache any more"
-    assert expected in capsys.readouterr().err
+    branch = tmp_path / "moved" / "branch" / "teachers"
+    assert f"{branch}: holds no whole cache of teachers, and initial, the encoder" in capsys.readouterr().err

@@ -65,7 +65,8 @@ def markdown(
 def numbers(results: Results) -> str:
     """CSV with a row for each run and step at which it was scored or validated, and a column for each score.
 
-    The last column is validation's, by which learning rates were chosen. Nothing stands where nothing was measured.
+    The last column is validation's metric, which in short runs chose the learning rates. Nothing stands where nothing
+    was measured.
     """
     metric = results.grid.select.metric
     rows: dict[tuple[str, int, int], dict[str, float]] = {}

@@ -306,6 +306,8 @@ def table(out: Path, about: str) -> str:
         ended = json.loads((out / f"{part}.done").read_text()) if (out / f"{part}.done").exists() else {}
         lines += [f"## {part}", "", f"{ended.get('ended', 'running')}, {ended.get('seconds', 0):.0f} s", ""]
         rows = [json.loads(line) for line in file.read_text().splitlines()]
+        if part == "methods":  # which end in any order
+            rows.sort(key=lambda row: str(row["what"]))
         heads = list(dict.fromkeys(name for row in rows for name, value in row.items() if value is not None))
         if rows:
             lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]

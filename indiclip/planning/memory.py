@@ -30,6 +30,8 @@ class Weights:
         outside: Of all that lies in no block of a tower.
         num_blocks: Part -> blocks of the tower.
         update: What the optimizer's step does.
+        of_each_head: Of gradients that `model.task_weights` holds of each head, at most.
+        stay_gathered: Whether shards stay gathered from the forward pass to the backward pass.
     """
 
     total: float
@@ -39,6 +41,8 @@ class Weights:
     outside: float
     num_blocks: Mapping[str, int]
     update: Count
+    of_each_head: float = 0.0
+    stay_gathered: bool = False
 
     def shards(self, strategy: Strategy, nodes: int, gpus_per_node: int) -> int:
         """Over how many GPUs the weights are shared out."""
@@ -65,7 +69,15 @@ def weigh(model: Any) -> Weights:
             outside=_bytes(model) - sum(of_blocks),
             num_blocks={part: len(tower) for part, tower in towers.items()},
             update=counter.counts()["update"],
+            of_each_head=_of_each_head(model, trained),
+            stay_gathered=model.task_weights.compares_heads,
         )
+
+
+def _of_each_head(model: Any, trained: list[nn.Parameter]) -> float:
+    """Of PCGrad, the gradients of each head and a copy of them in one row, the row that is projected and the sum."""
+    copies = 2 * len(list(model.each_head())) + 2 if model.task_weights.makes_gradients else 0
+    return copies * sum(parameter.numel() * 4 for parameter in trained)
 
 
 def _bytes(module: nn.Module) -> float:
@@ -101,8 +113,10 @@ def per_gpu(
     if strategy != "ddp":
         # FSDP2 gathers a block while the one before computes; what lies outside of the blocks stays gathered. Of one
         # block the whole gradient, in float32, waits to be reduced.
-        gathered = (2 * weights.largest_block + weights.outside) / 4 * computes_in
+        gathered = weights.total if weights.stay_gathered else 2 * weights.largest_block + weights.outside
+        gathered = gathered / 4 * computes_in
         buffers = gathered + weights.largest_block if shards > 1 else 0.0
+    of_each_head = {"gradients of each head": weights.of_each_head} if weights.of_each_head else {}
     return {
         "weights": weights.total / shards,
         "gradients": weights.trained / shards,
@@ -110,6 +124,7 @@ def per_gpu(
         "activations": kept / micro_batches,
         "loss (logits, embeddings)": loss_peak,
         "communication buffers": buffers,
+        **of_each_head,
     }
 
 

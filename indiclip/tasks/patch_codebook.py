@@ -72,7 +72,7 @@ class PatchCodebook(nn.Module):
         self.register_buffer("mean_P", mean_P.clone(), persistent=False)
         self.register_buffer("std_P", std_P.clone(), persistent=False)
         self._seen: tuple[Tensor, Tensor] | None = None
-        self._is_fixed = False
+        self._has_codes = False
 
     @property
     def is_learned(self) -> Tensor:
@@ -128,10 +128,10 @@ class PatchCodebook(nn.Module):
             return
         sums_CQ, candidates_BJP = self._seen
         self._seen = None
-        # A head that begins behind `until` has no codes yet. Once, this waits for the device.
-        self._is_fixed = self._is_fixed or (progress > self.options.until and bool(self.is_learned))
-        if self._is_fixed:
-            return
+        if progress > self.options.until:  # a head that begins later has no codes yet
+            self._has_codes = self._has_codes or bool(self.is_learned)  # waits for the device, once
+            if self._has_codes:
+                return
         sums_CQ = sum_over_ranks(sums_CQ).to(self.sums_CP.dtype)
         update_averages([self.sums_CP, self.counts_C], [sums_CQ[:, :-1], sums_CQ[:, -1]], self.options.decay, made)
         # The same on any number of ranks: the first patch of each image of the step, then the second, ...

@@ -61,7 +61,7 @@ def check_length(model: MultiTask, data: MultiTaskData, num_steps: int) -> None:
         source.change_steps(num_steps)
         if 1 < num_steps <= source.every:
             found = f"{key}.every: found {source.every} of {num_steps} steps in all"
-            warnings.warn(f"{found}: the task {source.task!r} trains in the first step alone", stacklevel=2)
+            warnings.warn(f"{found}: the task {source.task!r} has a batch in the first alone", stacklevel=2)
 
 
 def _check_source(key: str, source: Source, heads: Sequence[Head], backbone: Backbone, trains: bool) -> None:

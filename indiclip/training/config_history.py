@@ -27,7 +27,7 @@ _RULE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
 _DEFAULT_OPTIMIZER = {"class_path": "torch.optim.AdamW"}
 _OVERRIDE = "--override true trains on with the new ones"
 _OTHER_HEADS = "a run goes on with its own heads; a new one may begin with its encoder (model.encoder.init_from)"
-_FOUND = "train_samples"  # in a checkpoint
+_FOUND = "train_samples"  # in a checkpoint; what heads read beside is there too
 _HEADER = f"# indiclip=={__version__}\n"
 
 
@@ -64,7 +64,8 @@ class ConfigHistory(SaveConfigCallback):
             ValueError: They are not those of the checkpoint's run, and `override` is not set.
         """
         now = _found(trainer, pl_module)
-        lines = [line for _, line in differences(now | checkpoint.get(_FOUND, {}), now)]  # older ones say less
+        of_heads = {name: kept for name, kept in now.items() if name.startswith("heads.")}  # which older ones lack
+        lines = [line for _, line in differences(of_heads | checkpoint.get(_FOUND, now), now)]
         if lines and not self.config["override"]:
             raise ValueError(f"--ckpt_path: its run read other data: {'; '.join(lines)}; {_OVERRIDE}")
         if lines and trainer.is_global_zero:

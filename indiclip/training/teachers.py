@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from indiclip.distributed import local_device
 from indiclip.encoder import Encoder
-from indiclip.evals.models.view_batches import load_teachers
+from indiclip.evals.models.view_batches import INITIAL, load_teachers
 from indiclip.evals.models.view_embedder import ViewEmbedder
 from indiclip.head import Head
 from indiclip.loading.data_module import MultiTaskData
@@ -32,7 +33,7 @@ def place_caches(data: MultiTaskData, folder: Path, begun: Path | None) -> None:
             cache that it was begun with, and its initial encoder is no more.
 
     Raises:
-        ValueError: The cache of the run that this one began from is gone.
+        ValueError: That cache is gone.
     """
     caches = _caches(source.teachers for source in data.train)
     without = [cache for cache in caches if cache.folder is None]
@@ -41,8 +42,11 @@ def place_caches(data: MultiTaskData, folder: Path, begun: Path | None) -> None:
         if begun is not None and _is_done(begun / name):
             cache.folder = str(begun / name)
             _link(folder / name, begun / name)
-        elif (folder / name).is_symlink():
-            raise ValueError(f"{folder / name}: leads to {(folder / name).resolve()}, which is no whole cache any more")
+        elif begun is not None and cache.make is not None and INITIAL in cache.make.models:
+            raise ValueError(
+                f"{begun / name}: holds no whole cache of teachers, and {INITIAL}, the encoder that the run began "
+                "with, is no more; expected the folder as it was"
+            )
         else:
             cache.folder = str(folder / name)
     for cache in caches if begun else []:
@@ -52,8 +56,9 @@ def place_caches(data: MultiTaskData, folder: Path, begun: Path | None) -> None:
 
 def _link(link: Path, cache: Path) -> None:
     """In a branch's folder, so that it finds the cache again when it is itself stopped and goes on."""
-    if is_first_process() and not link.exists():
-        link.symlink_to(os.path.relpath(cache.resolve(), link.parent.resolve()))
+    if is_first_process() and not os.path.lexists(link):
+        with suppress(OSError):  # of a file system without links
+            link.symlink_to(os.path.relpath(cache.resolve(), link.parent.resolve()))
 
 
 def prepare_teachers(encoder: Encoder, data: MultiTaskData, heads: Iterable[Head]) -> None:
