@@ -51,8 +51,8 @@ def translate_config(value: Any) -> Any:
         arguments = {"lr": 1e-3, "betas": betas, "weight_decay": 0.05, "fused": True}
         model["optimizer"] = {"class_path": "torch.optim.AdamW", "init_args": arguments}
     is_old = found != today
-    for head in model.get("heads") or () if isinstance(model, dict) else ():
-        if isinstance(head, dict) and isinstance(head.get("init_args"), dict):
+    if isinstance(model, dict) and isinstance(model.get("heads"), list):
+        for head in model["heads"]:
             _forget_old_bound(head)
     if isinstance(model, dict) and model.pop("uncertainty_weighting", False):
         model["task_weights"] = {"class_path": "indiclip.task_weights.Uncertainty"}
@@ -74,9 +74,11 @@ def translate_config(value: Any) -> Any:
     return found
 
 
-def _forget_old_bound(head: dict[str, Any]) -> None:
+def _forget_old_bound(head: Any) -> None:
     """CLIP's bound on the logit scale, which runs wrote down when it was no loss's own; of softmax it is still."""
-    own = head["init_args"]
+    own = head.get("init_args") if isinstance(head, dict) else None
+    if not isinstance(own, dict):
+        return
     is_softmax = (head.get("class_path"), own.get("loss")) == ("heads.contrastive.Contrastive", "softmax")
     if is_softmax and own.get("max_logit_scale") == 100.0:
         own["max_logit_scale"] = None

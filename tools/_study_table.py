@@ -78,7 +78,8 @@ def numbers(results: Results) -> str:
     text = io.StringIO()
     written = csv.writer(text, lineterminator="\n")
     written.writerow(["arm", "seed", "step", *results.names, metric])
-    for key in sorted(rows, key=lambda row: (list(results.grid.arms).index(row[0]), *row[1:])):
+    order = {arm: number for number, arm in enumerate(results.grid.arms)}
+    for key in sorted(rows, key=lambda row: (order[row[0]], *row[1:])):
         values = (rows[key].get(name) for name in (*results.names, metric))
         written.writerow([*key, *("" if value is None else f"{value:.5g}" for value in values)])
     return text.getvalue()
