@@ -109,9 +109,9 @@ def test_any_part_may_be_frozen_in_a_step(words):
 
 
 def test_a_frozen_logit_scale_is_not_clamped():
-    """SigLIP's is 117 times the cosine; one that is trained is kept at 100 at most."""
+    """SigLIP's is 117 times the cosine; one that softmax CLIP trains is kept at 100 at most."""
     for words in ([], ["logit_scale"]):
-        module = quiet(MultiTask(tiny_encoder(), [Contrastive()], freeze=words))
+        module = quiet(MultiTask(tiny_encoder(), [Contrastive(loss="softmax")], freeze=words))
         scale = module.each_head()[0].criterion.logit_scale
         torch.nn.init.constant_(scale, 4.77)
         module.each_head()[0].after_step(module.encoder, 1.0, torch.ones(()))

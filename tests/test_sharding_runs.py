@@ -80,17 +80,14 @@ def test_one_rank_gets_a_signal_and_all_save_and_leave(number, status, tmp_path)
         assert "3.ckpt: step 3, saved" in done.stdout
 
 
-@pytest.mark.parametrize("what", ["precision", "heads", "gradients", "lightning"])
+@pytest.mark.parametrize("what", ["precision", "gradients", "lightning"])
 def test_what_does_not_go_with_shards_is_one_line(what, tmp_path):
     tree = ten_steps(sharded(1, 2))
     flags, message = {
         "precision": (("--trainer.precision", "16-mixed"), "16-mixed"),
-        "heads": (("--model.task_weights", "indiclip.task_weights.PCGrad"), "needs each head's whole gradients"),
         "gradients": ((), "TaskGradients needs whole gradients on each rank"),
         "lightning": ((), "expected indiclip.training.sharding.ShardedStrategy"),
     }[what]
-    if what == "heads":
-        tree["model"]["heads"].append({"class_path": "heads.counting.Counting", "init_args": {"task": "contrastive"}})
     if what == "gradients":
         tree["trainer"]["callbacks"] = [{"class_path": "indiclip.training.callbacks.TaskGradients"}]
     if what == "lightning":

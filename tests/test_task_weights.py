@@ -5,6 +5,7 @@ That ranks and micro-batches make no difference is in tests/test_same_numbers.py
 
 import copy
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,12 +13,14 @@ import yaml
 from experiments import config, fit
 from fake_gpu import NoWaits, on_fake_gpu
 from helpers import tiny_encoder
+from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 from torch._subclasses import FakeTensorMode
 
 from heads.contrastive import Contrastive
 from heads.depth import Depth
 from indiclip.backbone import NaFlexViT
 from indiclip.module import MultiTask
+from indiclip.module_checks import check_task_weights
 from indiclip.old_names import translate_checkpoint, translate_config
 from indiclip.task_weights import GradNorm, PCGrad, Uncertainty, project
 from indiclip.training.fault_tolerance.manifest import newest_good
@@ -306,3 +309,20 @@ def test_what_cannot_be_is_one_line(tmp_path, capsys):
     tree["model"]["compile"] = True
     assert fit(tmp_path, tree) == 2
     assert "model.task_weights: PCGrad goes back through a block once for each head" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("strategy", "precision", "message"),
+    [
+        (FSDPStrategy, "32-true", "PCGrad needs each head's whole gradients on each rank"),
+        (SingleDeviceStrategy, "16-mixed", "PCGrad takes gradients before they are scaled"),
+    ],
+)
+def test_what_takes_a_gpu_is_refused_by_its_line(strategy, precision, message):
+    """Lightning makes neither on a CPU, so the check alone is called."""
+    heads = [Contrastive(name="first"), Contrastive(name="second")]
+    module = MultiTask(tiny_encoder(), heads, task_weights=PCGrad())
+    trainer = SimpleNamespace(strategy=object.__new__(strategy), precision=precision)
+    with pytest.raises(ValueError, match=message):
+        check_task_weights(module.task_weights, module, trainer, compiles=False)
+    check_task_weights(module.task_weights, module, SimpleNamespace(strategy=None, precision="32-true"), compiles=False)
