@@ -21,7 +21,7 @@ _TABLES: _Tables = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(
 MODULES = _TABLES["modules"]
 _MOVED = _TABLES["moved"]
 _LOG_VARIANCE = re.compile(r"^task_weights\.log_variances\.")
-_STEP = re.compile(r"heads\.[\w-]+\.step")
+_DROPPED = re.compile(r"heads\.[\w-]+\.(step|teacher\.crc32)")
 _NAMES = _MOVED | _TABLES["classes"] | MODULES
 _OLD_BETAS = [0.9, 0.98]  # AdamW's, when `betas` was a key of the model
 _OLD_SOURCE = {"group_by_length": True}  # of every source, when there was no such option
@@ -123,8 +123,9 @@ def translate_checkpoint(checkpoint: dict[str, Any]) -> None:
     validation = checkpoint["callbacks"].get("ResumeValidation", {})
     if "owed" in validation:
         validation["due"] = validation.pop("owed")
-    # The DensePose head drew its box jitter from a step counter, which was saved among the weights.
-    weights = {name: w for name, w in checkpoint.get("state_dict", {}).items() if not _STEP.fullmatch(name)}
+    # Saved among the weights: a step counter, from which the DensePose head drew its box jitter, and the checksum of a
+    # teacher beside the student.
+    weights = {name: w for name, w in checkpoint.get("state_dict", {}).items() if not _DROPPED.fullmatch(name)}
     for old, new in _TABLES["weights"].items():
         weights = {re.sub(old, new, name): weight for name, weight in weights.items()}
     checkpoint["state_dict"] = weights

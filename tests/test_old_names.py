@@ -199,6 +199,15 @@ def test_sources_of_an_old_config_make_batches_of_similar_length(tree, grouped):
     assert [str(warning.message).count("group_by_length: true") for warning in said] == [1] * bool(grouped)
 
 
+def test_what_is_no_weight_any_more_is_dropped():
+    """A step counter of DensePose, and the checksum of a teacher beside the student."""
+    kept = "heads.distillation.teacher.encoder.logit_scale"
+    names = ["heads.densepose.step", "heads.distillation.teacher.crc32", kept]
+    checkpoint = {"state_dict": dict.fromkeys(names, torch.zeros(1))}
+    old_names.translate_checkpoint(checkpoint)
+    assert list(checkpoint["state_dict"]) == [kept]
+
+
 def test_a_teacher_of_masked_images_has_its_backbone_under_a_name():
     names = {f"heads.vectors.images.{of}": torch.zeros(1) for of in ("teacher.vit.norm.weight", "hidden_patch_P")}
     checkpoint = {"state_dict": names}

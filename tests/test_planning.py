@@ -26,6 +26,7 @@ from indiclip.planning.hardware import Device, convert, device
 from indiclip.planning.memory import Weights, checkpointed, per_gpu, weigh
 from indiclip.planning.parts import IMAGE_TOWER, PROJECTIONS, TEXT_TOWER, blocks
 from indiclip.planning.step_model import TaskModel, count_loss, expected_distinct
+from indiclip.task_weights import GradNorm, PCGrad
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
@@ -192,6 +193,10 @@ def test_weights_and_state_by_hand():
     found = weigh(model)
     tensors = sum(1 for p in model.parameters() if p.requires_grad)
     assert (found.total, found.trained, found.optimizer) == (4 * numbers, 4 * numbers, 8 * numbers + 4 * tensors)
+    assert (found.separate_heads, found.stay_gathered) == (0, False)
+    for strategy, separate in ((GradNorm(), 0), (PCGrad(), len(model.heads))):
+        model.task_weights = strategy
+        assert (weigh(model).separate_heads, weigh(model).stay_gathered) == (separate, True)
     assert len(blocks(nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9))))) == 2
 
 
@@ -218,9 +223,9 @@ def test_memory_by_hand():
     assert hsdp["activations"] == 525
     assert hsdp["communication buffers"] == (2 * 400 + 800) / 2 + 400
     assert checkpointed(counts, WEIGHTS) == {IMAGE_TOWER: 100 + 1000 / 4, "head": 50}
-    compared = replace(WEIGHTS, stay_gathered=True, of_each_head=9600)
+    compared = replace(WEIGHTS, stay_gathered=True, separate_heads=2)
     fsdp = per_gpu(compared, counts, 7, "fsdp", shards=16, world=16, computes_in=2)
-    assert (fsdp["communication buffers"], fsdp["gradients of each head"]) == (4000 / 2 + 400, 9600)
+    assert (fsdp["communication buffers"], fsdp["gradients of each head"]) == (4000 / 2 + 400, 8 * 3200)
     alone = per_gpu(WEIGHTS, counts, 7, "ddp", shards=1, world=1)
     assert alone["communication buffers"] == 0
 
@@ -245,6 +250,10 @@ def test_communication_by_hand():
     assert (ddp.weights, ddp.gradients, ddp.loss) == pytest.approx((0, 2 * 15e9 / 200e9, 2 * 15e9 / 200e9))
     assert ddp.exposed(1, 1) == pytest.approx(ddp.loss + ddp.tail)  # the rest hides
     assert ddp.exposed(0, 0) == pytest.approx(ddp.total)
+    for strategy in ("ddp", "fsdp", "hsdp"):  # each of three heads' gradients is all-reduced, and nothing hides that
+        once, pcgrad = (traffic(two, strategy, replace(weights, separate_heads=n), 0) for n in (0, 3))
+        more = 3 * 2 * 15e9 / 200e9
+        assert (pcgrad.total - once.total, pcgrad.exposed(9, 9) - once.exposed(9, 9)) == pytest.approx((more, more))
 
 
 def estimate(cluster, **changes):
@@ -283,8 +292,8 @@ def test_what_would_make_it_fit():
     ]
     heavy = replace(run, weights=replace(WEIGHTS, total=80e9), cluster=Cluster(replace(GPU, hbm_gb=70), 1, 8))
     assert [line.split(":")[1] for line in ways_to_fit(heavy, {})] == [
-        " ModelParallelStrategy, sharded over all GPUs (fsdp)",
-        " ModelParallelStrategy, sharded within each node (hsdp)",
+        " indiclip.training.sharding.ShardedStrategy, sharded over all GPUs (fsdp)",
+        " indiclip.training.sharding.ShardedStrategy, sharded within each node (hsdp)",
     ]
 
 

@@ -1,10 +1,12 @@
 """Caches of teachers that a run makes: by which of its processes, and where."""
 
 import copy
+import errno
 import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import experiments
 import pytest
@@ -17,6 +19,7 @@ from indiclip.loading.data_module import MultiTaskData
 from indiclip.loading.overrides import SourceOverride
 from indiclip.loading.source import Source
 from indiclip.loading.teacher_options import MakeTeachers, TeacherCache
+from indiclip.training import teachers
 from indiclip.training.cli import run
 from indiclip.training.teachers import place_caches
 
@@ -120,6 +123,38 @@ def test_each_cache_of_a_run_has_a_folder_of_its_own(tmp_path):
         assert folders == [str(tmp_path / name) for name in ("teachers", "teachers", "teachers-2")] + [None]
 
 
+def test_a_cache_that_is_gone_is_made_in_the_branchs_own_folder(tmp_path):
+    """Neither through a link to where it was, nor of an encoder that is not kept, wherever its folder is."""
+
+    def place(models, begun, folder=None):
+        cache = TeacherCache(make=MakeTeachers(models, folder=folder))
+        place_caches(MultiTaskData([Source("a", Mela(num_scenes=4), 4, teachers=cache)]), tmp_path, begun)
+        return Path(cache.folder)
+
+    link = tmp_path / "teachers"
+    for stem in ("gone", "begun"):
+        (tmp_path / "begun").mkdir(exist_ok=True)  # without the record of a whole one
+        link.symlink_to(stem)
+        assert place(["runs/larger"], tmp_path) == link
+        assert not link.is_symlink()
+    link.symlink_to("gone")
+    for folder, missing in ((None, "gone"), (str(tmp_path / "elsewhere"), "elsewhere")):
+        with pytest.raises(ValueError, match=f"{tmp_path / missing}: holds no whole cache of teachers, and initial"):
+            place(["runs/larger", "initial"], tmp_path, folder)
+
+
+def test_where_no_link_can_be_made_the_user_is_told(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    monkeypatch.setattr(teachers, "_is_done", lambda folder: True)
+    cache = TeacherCache(make=MakeTeachers(["runs/larger"]))
+    data = MultiTaskData([Source("a", Mela(num_scenes=4), 4, teachers=cache)])
+    with pytest.warns(UserWarning, match="branch/teachers: no link to .*stem/teachers, .* Operation not permitted"):
+        place_caches(data, tmp_path / "branch", tmp_path / "stem")
+
+
 def test_a_branch_under_another_name_has_the_cache_of_its_run(tmp_path, capsys):
     """The teacher was the initial encoder, which began with weights that the branch does not read again."""
     found = tree(16)
@@ -142,5 +177,5 @@ def test_a_branch_under_another_name_has_the_cache_of_its_run(tmp_path, capsys):
     assert "teachers: initial embed" not in capsys.readouterr().out
     shutil.rmtree(tmp_path / "moved" / "stem" / "teachers")
     assert experiments.fit(tmp_path, found, *flags[:-1], "4") == 2
-    branch = tmp_path / "moved" / "branch" / "teachers"
-    assert f"{branch}: holds no whole cache of teachers, and initial, the encoder" in capsys.readouterr().err
+    stem = tmp_path / "moved" / "stem" / "teachers"
+    assert f"{stem}: holds no whole cache of teachers, and initial, the encoder" in capsys.readouterr().err

@@ -63,7 +63,7 @@ class Traffic:
 
     Attributes:
         weights: Shards that are gathered for one pass, forward or backward.
-        gradients: That are reduced.
+        gradients: That are reduced; of PCGrad each head's too.
         loss: Embeddings of all ranks, and their gradients.
         tail: Of `gradients`, what comes when the last of them is there, so that nothing can hide it.
     """
@@ -108,13 +108,17 @@ def traffic(cluster: Cluster, strategy: Strategy, weights: Weights, embeddings: 
         embeddings
     )  # gathered on the way forward, their gradients reduced on the way back
     gradients, gathered = weights.trained, weights.total / 4 * computes_in
+    # Nothing else goes on while these are reduced.
+    separate = weights.separate_heads * cluster.reduce_seconds(gradients)
     if strategy == "ddp":
-        return Traffic(0, cluster.reduce_seconds(gradients), loss, cluster.reduce_seconds(min(_BUCKET, gradients)))
+        reduce, tail = cluster.reduce_seconds(gradients), cluster.reduce_seconds(min(_BUCKET, gradients))
+        return Traffic(0, reduce + separate, loss, tail + separate)
     last = weights.largest_block or gradients
     if strategy == "fsdp":
         gather, reduce = cluster.gather_seconds(gathered), cluster.gather_seconds(gradients)
-        return Traffic(gather, reduce, loss, cluster.gather_seconds(last))
+        return Traffic(gather, reduce + separate, loss, cluster.gather_seconds(last) + separate)
     node, replicas, share = cluster.node, cluster.replicas, 1 / cluster.gpus_per_node
     gather = node.gather_seconds(gathered)
     reduce = node.gather_seconds(gradients) + replicas.reduce_seconds(gradients * share)
-    return Traffic(gather, reduce, loss, node.gather_seconds(last) + replicas.reduce_seconds(last * share))
+    tail = node.gather_seconds(last) + replicas.reduce_seconds(last * share)
+    return Traffic(gather, reduce + separate, loss, tail + separate)

@@ -194,8 +194,8 @@ def ways_to_fit(estimate: Estimate, keys: Mapping[str, str]) -> list[str]:
 
 
 _SHARDED = {
-    "fsdp": "trainer.strategy: ModelParallelStrategy, sharded over all GPUs (fsdp)",
-    "hsdp": "trainer.strategy: ModelParallelStrategy, sharded within each node (hsdp)",
+    "fsdp": "trainer.strategy: indiclip.training.sharding.ShardedStrategy, sharded over all GPUs (fsdp)",
+    "hsdp": "trainer.strategy: indiclip.training.sharding.ShardedStrategy, sharded within each node (hsdp)",
 }
 
 

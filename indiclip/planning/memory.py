@@ -30,7 +30,7 @@ class Weights:
         outside: Of all that lies in no block of a tower.
         num_blocks: Part -> blocks of the tower.
         update: What the optimizer's step does.
-        of_each_head: Of gradients that `model.task_weights` holds of each head, at most.
+        separate_heads: Heads of each of which `model.task_weights` has all gradients by themselves, as PCGrad.
         stay_gathered: Whether shards stay gathered from the forward pass to the backward pass.
     """
 
@@ -41,7 +41,7 @@ class Weights:
     outside: float
     num_blocks: Mapping[str, int]
     update: Count
-    of_each_head: float = 0.0
+    separate_heads: int = 0
     stay_gathered: bool = False
 
     def shards(self, strategy: Strategy, nodes: int, gpus_per_node: int) -> int:
@@ -69,15 +69,9 @@ def weigh(model: Any) -> Weights:
             outside=_bytes(model) - sum(of_blocks),
             num_blocks={part: len(tower) for part, tower in towers.items()},
             update=counter.counts()["update"],
-            of_each_head=_of_each_head(model, trained),
+            separate_heads=len(list(model.each_head())) if model.task_weights.makes_gradients else 0,
             stay_gathered=model.task_weights.compares_heads,
         )
-
-
-def _of_each_head(model: Any, trained: list[nn.Parameter]) -> float:
-    """Of PCGrad, the gradients of each head and a copy of them in one row, the row that is projected and the sum."""
-    copies = 2 * len(list(model.each_head())) + 2 if model.task_weights.makes_gradients else 0
-    return copies * sum(parameter.numel() * 4 for parameter in trained)
 
 
 def _bytes(module: nn.Module) -> float:
@@ -116,7 +110,10 @@ def per_gpu(
         gathered = weights.total if weights.stay_gathered else 2 * weights.largest_block + weights.outside
         gathered = gathered / 4 * computes_in
         buffers = gathered + weights.largest_block if shards > 1 else 0.0
-    of_each_head = {"gradients of each head": weights.of_each_head} if weights.of_each_head else {}
+    # At most, as if all heads reached all that is trained: of each its gradients, and a copy of them in one row; of one
+    # the row before and after another one's part is taken away, and that part; and the sum.
+    copies = 2 * weights.separate_heads + 4
+    of_each_head = {"gradients of each head": copies * weights.trained} if weights.separate_heads else {}
     return {
         "weights": weights.total / shards,
         "gradients": weights.trained / shards,

@@ -20,6 +20,7 @@ from indiclip.datasets.base import fingerprint
 from indiclip.loading.source import keyed
 from indiclip.masking import mask
 from indiclip.names import differences
+from indiclip.old_names import translate_config
 from indiclip.training.fault_tolerance.ranks import folder_of
 from indiclip.training.portable_config import PortableConfig
 
@@ -117,8 +118,8 @@ def check_changes(parser: LightningArgumentParser, config: Any) -> list[str]:
         was = parser.parse_object(read_config(file))
     except Exception as error:
         raise ValueError(f"{file}: not a config of this version, so nothing can be compared: {error}") from error
-    # Both as that run's folder would hold them, so that a path written in another way is no change.
-    old, new = (PortableConfig(plain(parser, tree), None, folder).tree for tree in (was, config))
+    # Both as that run's folder would hold them and a later start read them, so that another way to write is no change.
+    old, new = (translate_config(PortableConfig(plain(parser, tree), None, folder).tree) for tree in (was, config))
     before, now = ((tree["model"]["optimizer"] or _DEFAULT_OPTIMIZER)["class_path"] for tree in (old, new))
     if before != now:
         raise ValueError(f"model.optimizer: {now} cannot go on from the moments of {before}")

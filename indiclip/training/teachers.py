@@ -4,8 +4,8 @@ import atexit
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,32 +33,41 @@ def place_caches(data: MultiTaskData, folder: Path, begun: Path | None) -> None:
             cache that it was begun with, and its initial encoder is no more.
 
     Raises:
-        ValueError: That cache is gone.
+        ValueError: A cache of that encoder is gone.
     """
     caches = _caches(source.teachers for source in data.train)
     without = [cache for cache in caches if cache.folder is None]
     for number, cache in enumerate(without if begun or is_first_process() else [], 1):
         name = "teachers" if number == 1 else f"teachers-{number}"
-        if begun is not None and _is_done(begun / name):
+        cache.folder = str(folder / name)
+        if begun is not None and (_is_done(begun / name) or _reads_initial(cache)):
             cache.folder = str(begun / name)
-            _link(folder / name, begun / name)
-        elif begun is not None and cache.make is not None and INITIAL in cache.make.models:
-            raise ValueError(
-                f"{begun / name}: holds no whole cache of teachers, and {INITIAL}, the encoder that the run began "
-                "with, is no more; expected the folder as it was"
-            )
-        else:
-            cache.folder = str(folder / name)
     for cache in caches if begun else []:
         if _is_done(cache.path):
             cache.make = None
+        elif _reads_initial(cache):
+            raise ValueError(
+                f"{cache.path.resolve()}: holds no whole cache of teachers, and {INITIAL}, the encoder that the run "
+                "began with, is not kept; expected the folder as it was"
+            )
+    for cache in without if begun and is_first_process() else []:
+        _link(folder / cache.path.name, cache.path)
 
 
-def _link(link: Path, cache: Path) -> None:
-    """In a branch's folder, so that it finds the cache again when it is itself stopped and goes on."""
-    if is_first_process() and not os.path.lexists(link):
-        with suppress(OSError):  # of a file system without links
-            link.symlink_to(os.path.relpath(cache.resolve(), link.parent.resolve()))
+def _reads_initial(cache: TeacherCache) -> bool:
+    return cache.make is not None and INITIAL in cache.make.models
+
+
+def _link(own: Path, cache: Path) -> None:
+    """From a branch's folder to its cache, so that it finds that again when it is itself stopped and goes on."""
+    if own.is_symlink() and not _is_done(own):
+        own.unlink()  # to a cache that is gone; another is made here
+    if own == cache or os.path.lexists(own):
+        return
+    try:
+        own.symlink_to(os.path.relpath(cache.resolve(), own.parent.resolve()))
+    except OSError as error:  # a file system without links, for one
+        warnings.warn(f"{own}: no link to {cache}, which this run needs to go on: {error.strerror}", stacklevel=2)
 
 
 def prepare_teachers(encoder: Encoder, data: MultiTaskData, heads: Iterable[Head]) -> None:
