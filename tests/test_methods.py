@@ -26,10 +26,11 @@ LAST = 10  # steps of the runs that are killed; a border at 80% is at the eighth
 KILLED = (3, 8, 9)  # inside, at the border, and inside what begins there
 
 
-def test_every_method_opens_with_what_it_is_and_its_command():
+def test_every_method_opens_with_what_it_is_its_command_and_its_verdict():
     for name, file in METHODS.items():
         opening = "".join(line for line in file.read_text().splitlines(keepends=True) if line.startswith("#"))
         assert f"--config conf/methods/{name}.yaml" in opening, name
+        assert "\n# Measured: " in opening, name
 
 
 @pytest.mark.parametrize("name", EACH)
