@@ -108,17 +108,17 @@ def traffic(cluster: Cluster, strategy: Strategy, weights: Weights, embeddings: 
         embeddings
     )  # gathered on the way forward, their gradients reduced on the way back
     gradients, gathered = weights.trained, weights.total / 4 * computes_in
-    # Nothing else goes on while these are reduced.
-    separate = weights.separate_heads * cluster.reduce_seconds(gradients)
-    if strategy == "ddp":
-        reduce, tail = cluster.reduce_seconds(gradients), cluster.reduce_seconds(min(_BUCKET, gradients))
-        return Traffic(0, reduce + separate, loss, tail + separate)
     last = weights.largest_block or gradients
-    if strategy == "fsdp":
+    if strategy == "ddp":
+        gather, reduce = 0.0, cluster.reduce_seconds(gradients)
+        tail = cluster.reduce_seconds(min(_BUCKET, gradients))
+    elif strategy == "fsdp":
         gather, reduce = cluster.gather_seconds(gathered), cluster.gather_seconds(gradients)
-        return Traffic(gather, reduce + separate, loss, cluster.gather_seconds(last) + separate)
-    node, replicas, share = cluster.node, cluster.replicas, 1 / cluster.gpus_per_node
-    gather = node.gather_seconds(gathered)
-    reduce = node.gather_seconds(gradients) + replicas.reduce_seconds(gradients * share)
-    tail = node.gather_seconds(last) + replicas.reduce_seconds(last * share)
+        tail = cluster.gather_seconds(last)
+    else:
+        node, replicas, share = cluster.node, cluster.replicas, 1 / cluster.gpus_per_node
+        gather = node.gather_seconds(gathered)
+        reduce = node.gather_seconds(gradients) + replicas.reduce_seconds(gradients * share)
+        tail = node.gather_seconds(last) + replicas.reduce_seconds(last * share)
+    separate = weights.separate_heads * cluster.reduce_seconds(gradients)  # nothing else goes on meanwhile
     return Traffic(gather, reduce + separate, loss, tail + separate)

@@ -30,7 +30,7 @@ def place_caches(data: MultiTaskData, folder: Path, begun: Path | None) -> None:
         data: Of the run, changed in place.
         folder: Of the run. Of a new one that has several processes only the first knows it.
         begun: The folder of the run whose checkpoint this one goes on from, which may have another name. It has the
-            cache that it was begun with, and its initial encoder is no more.
+            cache that it was begun with, and its initial encoder is not kept.
 
     Raises:
         ValueError: A cache of that encoder is gone.
