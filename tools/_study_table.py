@@ -22,7 +22,8 @@ Against `{control}`, whose row has the scores themselves. Each cell: the verdict
 seeds, their 95% interval with the spread pooled over all arms. `better`, `worse`: p < 0.05 after Holm's correction for
 the arms, for each score by itself; `perhaps`: only the interval leaves out 0; `no difference seen` is no proof that
 there is none; `not judged`: too few seeds; `diverged`: a seed ended in numbers that are not finite, and the numbers are
-of the others. †: the arm's own {seeds} differences alone would not say so. Lower is better of: {lower}.
+of the others. †: the arm's own {seeds} differences alone would not say so. `before_training` is of seed {first} alone,
+and of its fold. Lower is better of: {lower}.
 """
 
 
@@ -58,7 +59,9 @@ def markdown(
         lines.append("")
     lower = [name for name in main if results.direction(name) == "lower"]
     seeds = sorted({len(grid.arm_seeds(arm)) for arm in grid.arms})
-    notes = _NOTES.format(control=grid.control, seeds=" or ".join(map(str, seeds)), lower=", ".join(lower) or "none")
+    notes = _NOTES.format(
+        control=grid.control, seeds=" or ".join(map(str, seeds)), first=grid.seeds[0], lower=", ".join(lower) or "none"
+    )
     return "\n".join([*lines, notes, *([end, ""] if end else [])])
 
 
