@@ -1,6 +1,6 @@
 # make demo   set up, train all four tasks on generated scenes, write runs/quickstart/report.html
 # make test   set up, run the tests
-# make slow   the tests that `make test` leaves out: every method on the quickstart, killed and resumed, and more ranks
+# make slow   the tests that `make test` leaves out: methods killed and resumed, shards, compilers, more ranks, long runs
 # make oldest the same with the oldest torch that pyproject.toml allows
 # make lint   what CI checks besides the tests
 # make lock   renew requirements.lock

@@ -87,7 +87,9 @@ def test_later_blocks_learn_of_the_other_heads_alone(tmp_path):
         assert moved == ([False, True, False] if name.startswith(BEHIND) else [True] * 3), name
 
 
-@pytest.mark.parametrize("strategy", ["ddp", sharded(1, 2)], ids=["ddp", "sharded"])
+@pytest.mark.parametrize(
+    "strategy", ["ddp", pytest.param(sharded(1, 2), marks=pytest.mark.slow)], ids=["ddp", "sharded"]
+)
 def test_two_ranks_are_one(tmp_path, strategy):
     """With micro-batches and activation checkpointing, against one process without; of images of several sizes."""
     found = []

@@ -341,7 +341,7 @@ def test_checkpoints_are_in_the_runs_folder_whatever_the_logger(tmp_path, capsys
     assert "going on from" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
+@pytest.mark.parametrize("launcher", [pytest.param("lightning", marks=pytest.mark.slow), "torchrun"])
 def test_two_processes_train_all_four_tasks(launcher, tmp_path):
     """Through the command, by either launcher; held-out numbers are of all seven scenes, more on one rank."""
     tree = config(trainer__max_steps=3)

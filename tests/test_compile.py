@@ -90,6 +90,7 @@ def test_values_and_gradients_are_those_of_eager_blocks(tmp_path):
     steps_without_compiling(compiled, range(2, 200))
 
 
+@pytest.mark.slow
 @alone("aot_eager")
 def test_with_dropout_and_activations_computed_again_no_batch_compiles_again(tmp_path):
     pair = towers(dropout=0.1)
@@ -182,6 +183,7 @@ def traced(monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
 
 
+@pytest.mark.slow
 def test_a_step_of_compiled_shards_is_that_of_ddp(tmp_path, traced):
     """With activations that are computed again, and micro-batches; in float64."""
     trees = {"ddp": one_loss_for_all("ddp", 3), "shards": one_loss_for_all(sharded(1, 2), 3)}
@@ -194,6 +196,7 @@ def test_a_step_of_compiled_shards_is_that_of_ddp(tmp_path, traced):
     assert largest_difference(*found) < 1e-6
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_compiled_blocks_and_without(tmp_path, traced):
     """To the weights, and their averages, of a run without any; and what it leaves is an encoder like any other."""
     done, straight = fitted(tmp_path / "straight", one_loss_for_all("auto", 6), 1)

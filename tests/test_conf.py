@@ -27,6 +27,7 @@ import cluster_embeddings  # noqa: E402
 import train_tokenizer  # noqa: E402
 
 EXPERIMENTS = sorted((ROOT / "conf").glob("*.yaml"))
+LONG = ("cifar10", "few_tokens_b16", "real_small", "shards")
 IN_STAGES = ("india_b16", "india_l14", "mini_clip")  # test_recipes.py fits them
 NEEDS_DATA = {
     "cifar10": ["cifar10"],
@@ -86,7 +87,12 @@ def packed(data_root, folder):
 
 
 @pytest.mark.parametrize(
-    "experiment", [file for file in EXPERIMENTS if file.stem not in IN_STAGES], ids=lambda path: path.stem
+    "experiment",
+    [
+        pytest.param(file, id=file.stem, marks=pytest.mark.slow if file.stem in LONG else ())
+        for file in EXPERIMENTS
+        if file.stem not in IN_STAGES
+    ],
 )
 def test_every_experiment_trains_and_reports(experiment, tmp_path, monkeypatch, request):
     if folders := NEEDS_DATA.get(experiment.stem):
@@ -201,6 +207,7 @@ def test_a_cluster_is_added_by_a_second_config(part, tmp_path):
     assert read_tensors(tmp_path / "base" / "checkpoints" / "last.ckpt")["global_step"] == 2
 
 
+@pytest.mark.slow
 def test_a_cluster_is_planned_by_the_same_words(tmp_path):
     """In another process: one that has counted on a GPU's tensors cannot fork those that train."""
     base = tmp_path / "base.yaml"

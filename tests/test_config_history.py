@@ -151,7 +151,12 @@ def test_with_override_it_trains_on(folder):
 
 
 @pytest.mark.parametrize(
-    ("names", "found"), [("abc", "samples: 4 -> 3"), ("abcde", "samples: 4 -> 5"), ("abce", "crc32_of_keys: ")]
+    ("names", "found"),
+    [
+        pytest.param("abc", "samples: 4 -> 3", marks=pytest.mark.slow),
+        ("abcde", "samples: 4 -> 5"),
+        ("abce", "crc32_of_keys: "),
+    ],
 )
 def test_other_samples_under_the_same_config_are_refused_without_override(names, found, tmp_path, capsys):
     def write_table(names):
@@ -200,6 +205,7 @@ def test_rates_by_layer_may_come_and_go(begun, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_the_config_of_each_stretch_is_kept(tmp_path):
     """`config.yaml` is what made the newest steps; what ran before is beside it by its last step; what never ran is not
     there."""

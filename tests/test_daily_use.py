@@ -65,6 +65,7 @@ def test_a_trial_leaves_nothing(command, tmp_path, elsewhere):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_early_stopping_goes_on_from_a_checkpoint_before_the_epochs_end(tmp_path):
     """Patience 2, and a score that never changes: stops after three validations, however the run was cut."""
     score = "val/contrastive/image_to_text_r5"
@@ -93,6 +94,7 @@ def test_averaged_weights_with_batch_norm_are_saved_scored_and_loaded(average, t
     assert torch.equal(indiclip.load(folder).image_projection.weight, averaged)
 
 
+@pytest.mark.slow
 def test_stochastic_weight_averaging_by_epochs(tmp_path, capsys):
     tree = config(model__encoder__batch_norm=True, model__encoder__pool="mean")
     tree["trainer"]["callbacks"] = [part(f"{LIGHTNING}.StochasticWeightAveraging", swa_lrs=0.01, swa_epoch_start=1)]

@@ -135,6 +135,7 @@ def test_a_step_never_waits_for_the_device():
     assert terms["l1"].device.type == "cuda"
 
 
+@pytest.mark.slow
 def test_it_learns_the_paint_order_of_scenes():
     """In a hundred steps it explains a good part of the depth of scenes that it has not seen."""
     source = Source("depth", Mela(64, 48, people=0.0, depth=True, seed=3), 16, max_tokens=36)

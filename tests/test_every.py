@@ -113,7 +113,7 @@ def test_a_head_learns_in_its_steps_alone_and_a_resumed_run_too(tmp_path):
 
 @pytest.mark.parametrize(
     ("weighed", "micro_batches", "strategy"),
-    [("Uncertainty", 2, "ddp"), ("PCGrad", 1, "ddp"), ("Fixed", 2, sharded(1, 2))],
+    [("Uncertainty", 2, "ddp"), ("PCGrad", 1, "ddp"), pytest.param("Fixed", 2, sharded(1, 2), marks=pytest.mark.slow)],
     ids=["parts", "projected", "sharded"],
 )
 def test_two_ranks_are_one(tmp_path, weighed, micro_batches, strategy):

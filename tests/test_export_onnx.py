@@ -48,7 +48,7 @@ def exported(encoder, out, **options):
     return export(Source(filled(encoder), "it", "its weights", None), "onnx", out, options=options)
 
 
-@pytest.mark.parametrize("kind", [clip, fixed])
+@pytest.mark.parametrize("kind", [pytest.param(clip, marks=pytest.mark.slow), fixed])
 def test_both_towers_agree_at_every_size(kind, tmp_path):
     encoder = kind()
     record = exported(encoder, tmp_path / "out")
@@ -58,6 +58,7 @@ def test_both_towers_agree_at_every_size(kind, tmp_path):
     assert all(row["embedding"]["difference"] < 1e-5 for row in record["text"].values())
 
 
+@pytest.mark.slow
 def test_classes_and_8_bit_weights(tmp_path):
     """Also of a list as Windows saves it, with a byte order mark."""
     names, prompts = tmp_path / "names.txt", tmp_path / "prompts.txt"

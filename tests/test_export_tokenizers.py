@@ -104,6 +104,7 @@ def test_a_siglip_folder_carries_all_but_what_ftfy_mends(tmp_path, file, clean):
     assert found == ids(tokenizer, texts)
 
 
+@pytest.mark.slow
 def test_an_onnx_folder_pads_with_a_token_that_texts_hold(tmp_path):
     pytest.importorskip("onnxscript")
     tokenizer = open_clips_own("lower")

@@ -114,6 +114,7 @@ def test_what_it_does_not_go_with_is_refused(changes, message, tmp_path, capsys)
     assert "model.float8" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["rowwise", "tensorwise"])
 def test_shards_end_near_the_weights_of_ddp(recipe, tmp_path):
     """They travel as bfloat16, or as float8 already, before they are rounded. A file of the shards is plain."""
@@ -129,6 +130,7 @@ def test_shards_end_near_the_weights_of_ddp(recipe, tmp_path):
     assert largest_difference(ends["ddp"], ends["sharded"]) < 0.005
 
 
+@pytest.mark.slow
 def test_heads_are_compared_on_shards_in_float8(tmp_path):
     """Whose whole weights are in float8: where a head does not reach one, there is no zero of its kind."""
     tree = four_tasks(sharded(1, 2))

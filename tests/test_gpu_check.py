@@ -19,7 +19,7 @@ def call(monkeypatch, folder, *words):
     return gpu_check.main()
 
 
-@pytest.mark.parametrize("part", ["b16", "packed", "methods"])
+@pytest.mark.parametrize("part", ["b16", "packed", pytest.param("methods", marks=pytest.mark.slow)])
 def test_a_part_writes_what_it_measures(part, tmp_path):
     assert gpu_check.run_part(gpu_check.Check("cpu", True, tmp_path), part) == 0
     rows = {row["what"]: row for row in map(json.loads, (tmp_path / f"{part}.jsonl").read_text().splitlines())}

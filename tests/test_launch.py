@@ -41,6 +41,7 @@ def test_a_gpu_that_is_not_there_is_refused_with_what_would_run(tmp_path, capsys
     assert "--trainer.accelerator cpu" in line
 
 
+@pytest.mark.slow
 def test_torchrun_without_devices_is_refused_in_one_line_and_leaves_nothing(tmp_path):
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     words += ["indiclip.cli", *written(tmp_path, config())]

@@ -12,7 +12,8 @@ from processes import alive, as_they_end, command, forked, wait_until
 from indiclip.training.fault_tolerance.local_ranks import explain
 
 
-@pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
 def test_a_rank_that_waits_for_one_that_was_killed_ends_too(killed, tmp_path):
     """As in NCCL, which may not notice for many minutes. Of the first rank's death nobody tells the second."""
     file = tmp_path / "experiment.yaml"

@@ -78,6 +78,7 @@ def test_the_blocks_that_flex_attention_visits_are_those_that_torch_finds(length
     assert torch.equal(visited, visited.transpose(-2, -1))  # so that queries and keys have one table
 
 
+@pytest.mark.slow
 @alone("inductor")
 def test_flex_attention_without_gradients(tmp_path):
     """On a CPU torch has none; in float32, of many lengths, by one compiled function."""
@@ -89,6 +90,7 @@ def test_flex_attention_without_gradients(tmp_path):
             torch.testing.assert_close(found, block_diagonal(inputs, lengths, is_causal), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @alone("eager")
 def test_flex_attention_in_compiled_blocks(tmp_path):
     """The masks of another batch compile nothing again; on a CPU in its place, without gradients.

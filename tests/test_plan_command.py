@@ -130,6 +130,7 @@ def test_a_conversion_imports_nothing_heavy():
     assert out.splitlines()[-1] == "[]"
 
 
+@pytest.mark.slow
 def test_of_a_run_in_stages_the_last_is_counted(tmp_path, capsys):
     """Its images are the largest; the batch is the same."""
     words, found = ["--gpu", "h100", "--gpus-per-node", "2", "--json"], []
@@ -148,6 +149,7 @@ def test_what_is_not_planned_is_said(tmp_path, capsys):
         assert capsys.readouterr().out.count("Left out, though it is faster with it: model.") == expected
 
 
+@pytest.mark.slow
 def test_phases_of_a_run_are_counted_one_by_one(tmp_path, capsys):
     """Of a source with a stage and a head that begins later: each phase is a run that has nothing else, by hand."""
     short = {"class_path": "indiclip.tokenizers.ByteTokenizer", "init_args": {"context_length": 8}}  # of all captions

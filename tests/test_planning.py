@@ -36,7 +36,14 @@ import bench_plan  # noqa: E402
 NEEDS_DATA = {"cifar10": "cifar10", "real_small": "coco"}
 
 
-@pytest.mark.parametrize("name", ["quickstart", "depth", "portable", "cifar10", "real_small"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "quickstart",
+        "depth",
+        *(pytest.param(of, marks=pytest.mark.slow) for of in ("portable", "cifar10", "real_small")),
+    ],
+)
 def test_flops_and_kept_bytes_are_those_of_the_real_step(name, request, monkeypatch):
     """The oracles are torch's FlopCounterMode and saved tensors around `training_step` and its backward pass."""
     if name in NEEDS_DATA:
@@ -138,6 +145,7 @@ def test_weights_come_back_after_an_error():
     assert layer.weight is weight
 
 
+@pytest.mark.slow
 def test_growth_is_that_of_a_larger_batch(monkeypatch, tmp_path):
     """Three times the samples that were read, against a count of so many, with captions that differ."""
     monkeypatch.setattr(step_model, "SAMPLES", 8)

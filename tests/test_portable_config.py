@@ -226,6 +226,7 @@ def test_shipped_configs_name_their_files_wherever_they_are_read():
         assert all(Path(word).is_absolute() for word in beside_the_checkout), file
 
 
+@pytest.mark.slow
 def test_an_installed_wheel_trains_the_quickstart_without_a_checkout(tmp_path):
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)

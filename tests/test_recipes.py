@@ -133,6 +133,7 @@ def pairs(folder):
         Image.fromarray(scenes[number]["image"]).save(of_class / f"ILSVRC2012_val_0000000{number}.JPEG")
 
 
+@pytest.mark.slow
 def test_mini_clip_trains_on_what_img2dataset_wrote(tmp_path, monkeypatch):
     """Two steps: the commands of the page, rows that failed or repeat a picture counted, zero-shot logged."""
     monkeypatch.setenv("INDICLIP_DATA", str(tmp_path / "data"))

@@ -269,6 +269,7 @@ def test_a_rank_that_cannot_save_ends_all_of_them(tmp_path):
     assert newest_good(at)[:2] == (at / "2.ckpt", 2)
 
 
+@pytest.mark.slow
 def test_two_ranks_one_and_two_again_give_the_same_global_batches(tmp_path):
     tree = config()
     tree["data"]["steps_per_epoch"] = 4

@@ -130,7 +130,7 @@ WHOLE = {
 
 
 @pytest.mark.parametrize("empty", [(), (1,), (0, 1)], ids=["objects", "a rank without", "no objects"])
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_together_are_one_process(tmp_path, world, empty):
     of_options = WHOLE.values() if not empty else [{}]
 
@@ -217,6 +217,7 @@ def test_under_bfloat16_losses_are_float32():
             assert value == pytest.approx(expected[name], rel=0.05, abs=0.02)
 
 
+@pytest.mark.slow
 def test_two_ranks_of_two_micro_batches_train_as_one_process_does(tmp_path):
     """Through the command: weights after three steps of gradient descent, and what is logged."""
     scenes = {

@@ -79,6 +79,7 @@ def test_ten_steps_end_at_the_weights_of_ddp(copies, shards, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_micro_batches_of_shards_are_the_batch_of_ddp(tmp_path):
     """Without dropout, which is another one in each part; with a weight that belongs to no part of the model."""
     found = {}
@@ -92,12 +93,13 @@ def test_micro_batches_of_shards_are_the_batch_of_ddp(tmp_path):
     assert largest_difference(*(weights(run_folder) for run_folder in found.values())) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "micro_batches", "copies"),
     [
         ("GradNorm", 1, 1),
-        pytest.param("GradNorm", 2, 2, marks=pytest.mark.slow),
-        pytest.param("PCGrad", 1, 2, marks=pytest.mark.slow),
+        ("GradNorm", 2, 2),
+        ("PCGrad", 1, 2),
         ("PCGrad", 2, 1),
     ],
 )
@@ -138,6 +140,7 @@ def four_tasks(strategy):
     return tree
 
 
+@pytest.mark.slow
 def test_four_tasks_with_checkpointed_activations_are_those_of_ddp_without(tmp_path):
     """Also where a rank has another number of objects, or none, in training and in held-out data."""
     found = {}
@@ -232,6 +235,7 @@ def straight_and_half(tmp_path_factory):
     return folders
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "starts",
     [[("auto", 1, 10)], [(sharded(2, 2), 4, 10)], [("ddp", 2, 8), (sharded(1, 2), 2, 10)]],

@@ -23,6 +23,7 @@ def uneven(strategy):
     return tree
 
 
+@pytest.mark.slow
 def test_held_out_data_averages_benchmark_and_bad_steps_are_those_of_ddp(tmp_path, monkeypatch):
     for name in ("WORDS", "SWATCHES"):
         monkeypatch.setattr(procedural, name, {"test": 3, "train": 2})
@@ -44,6 +45,7 @@ def test_held_out_data_averages_benchmark_and_bad_steps_are_those_of_ddp(tmp_pat
         assert learnt(first) == pytest.approx(learnt(second), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_that_of_autocast(tmp_path):
     """Only matrices travel in bfloat16, to which autocast casts them: what is computed is the same.
 
@@ -62,7 +64,11 @@ def test_bfloat16_is_that_of_autocast(tmp_path):
     assert largest_difference(*ends) < 1e-6
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"])
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow), (signal.SIGINT, 130)],
+    ids=["SIGTERM", "Ctrl-C"],
+)
 def test_one_rank_gets_a_signal_and_all_save_and_leave(number, status, tmp_path):
     tree = ten_steps(sharded(1, 2))
     options = {"number": int(number), "step": 3, "rank": 1}

@@ -191,6 +191,7 @@ def test_mistakes_end_with_2_and_a_line(capsys, texts, tmp_path, words, message)
     assert re.search(message, err), err
 
 
+@pytest.mark.slow
 def test_indian_words_cost_little_on_held_out_rows(tmp_path, capsys, data_root):
     """The numbers of BENCHMARKS.md, of a tokenizer that never saw these rows in any language."""
     files = sorted(map(str, (data_root / "text").iterdir()))

@@ -112,6 +112,7 @@ def weights(folder):
     return torch.load(folder / "runs" / "experiment" / "checkpoints" / "last.ckpt", weights_only=True)
 
 
+@pytest.mark.slow
 def test_a_head_begins_at_its_step_and_a_resumed_run_with_it(tmp_path, late_head):
     """Killed (here: ended) before, at and behind the border; bit-equal to the run that was not."""
     whole, parts = tmp_path / "whole", [tmp_path / str(i) for i in (1, 2, 3)]

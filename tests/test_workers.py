@@ -63,7 +63,7 @@ print(sorted(set(got)), len(seen), len(set(seen)))
 """
 
 
-@pytest.mark.parametrize(("method", "times"), [("fork", 5), ("spawn", 1)])
+@pytest.mark.parametrize(("method", "times"), [("fork", 5), pytest.param("spawn", 1, marks=pytest.mark.slow)])
 def test_signals_to_the_process_group_leave_the_workers_at_work(method, times):
     """What Ctrl-C and SLURM do, while the workers start and while they read."""
     with run_python(SIGNALLED, method, str(times)) as process:
@@ -123,7 +123,7 @@ def test_a_killed_worker_is_an_error_only_where_it_is_waited_for():
         list(steps)
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("method", ["fork", "spawn", pytest.param("forkserver", marks=pytest.mark.slow)])
 def test_a_killed_worker_is_named_with_what_it_read(method):
     code = f"""
 multiprocessing.set_start_method("{method}")
@@ -252,6 +252,7 @@ def test_a_temporary_folder_whose_path_is_too_long_for_sockets_is_refused(length
     assert (f"TMPDIR: {folder}: expected at most 75 bytes" in capsys.readouterr().err) == (length > 75)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_of_one_rank_ends_both(tmp_path):
     """And one says why, though Lightning's thread that watches the second rank would end the run without a word.
 
