@@ -102,6 +102,7 @@ def test_two_ranks_are_one(tmp_path, strategy):
     assert largest_difference(*found) < 1e-6
 
 
+@pytest.mark.slow
 def test_blocks_that_no_head_reads_do_not_run_and_are_not_counted():
     """FLOPs by rates and by the planner's counter, against torch's own counter around the real step."""
     torch.manual_seed(0)

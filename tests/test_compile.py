@@ -70,6 +70,7 @@ def steps_without_compiling(pair, seeds, counts=(2, 9)):
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
 @alone("inductor")
 def test_values_and_gradients_are_those_of_eager_blocks(tmp_path):
     """In float32, and of a copy, whose weights are others. After two batches none of 200 compiles again."""

@@ -27,7 +27,7 @@ import cluster_embeddings  # noqa: E402
 import train_tokenizer  # noqa: E402
 
 EXPERIMENTS = sorted((ROOT / "conf").glob("*.yaml"))
-LONG = ("cifar10", "few_tokens_b16", "real_small", "shards")
+LONG = ("cifar10", "cifar10_mobileclip", "few_tokens_b16", "real_small", "shards")
 IN_STAGES = ("india_b16", "india_l14", "mini_clip")  # test_recipes.py fits them
 NEEDS_DATA = {
     "cifar10": ["cifar10"],

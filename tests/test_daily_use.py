@@ -461,7 +461,7 @@ def pictures(folder):
     )
 
 
-@pytest.mark.parametrize("batch_size", [4, 1])
+@pytest.mark.parametrize("batch_size", [4, pytest.param(1, marks=pytest.mark.slow)])
 def test_predict_lists_what_it_cannot_read_and_writes_to_the_checkpoints_run(batch_size, tmp_path, capsys):
     assert fit(tmp_path, config(), "--name", "mine") == 0
     folder = tmp_path / "runs" / "mine"

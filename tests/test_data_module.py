@@ -10,6 +10,7 @@ from indiclip.loading.source import Source
 from indiclip.webdataset.shards import Shards
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_one_shard_and_64_workers_give_the_steps_of_none(tmp_path):
     """Fewer samples than workers in an epoch: most workers begin in a later one."""

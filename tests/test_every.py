@@ -141,6 +141,7 @@ def planned(folder, tree, capsys):
     return yaml.safe_load(capsys.readouterr().out), count_arm(["--config", str(file)], 7, None)
 
 
+@pytest.mark.slow
 def test_a_step_is_planned_at_its_mean_and_a_run_at_the_sum_of_its_steps(tmp_path, capsys, monkeypatch):
     """Of 7 steps 3 have the dense task: 0, 3 and 6. Memory is that of a step with all tasks."""
     monkeypatch.syspath_prepend(ROOT / "tools")

@@ -82,6 +82,7 @@ def test_only_trained_matrices_of_blocks_are_converted():
     assert all(p.grad is not None for p in image.vit.blocks.parameters() if p.requires_grad)
 
 
+@pytest.mark.slow
 def test_a_run_and_what_it_leaves(tmp_path, capsys):
     """Its losses are near those of bfloat16, and its checkpoint goes on without float8, and into an encoder."""
     ends = {}

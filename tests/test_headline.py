@@ -261,6 +261,7 @@ def test_a_caption_names_its_language_and_runs_in_its_own_direction(tmp_path):
     assert '<div><bdi lang="qq">zzz</bdi> <small>qq</small></div><div><bdi>plain</bdi></div>' in page
 
 
+@pytest.mark.slow
 def test_a_page_of_many_pictures_stays_below_three_megabytes(tmp_path):
     """Of noise, which cannot be compressed: first coarser, then fewer of each head."""
     noise = np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8)

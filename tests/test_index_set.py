@@ -217,7 +217,8 @@ def many(file, count, key=str, members=("jpg", "txt"), kind=tarfile.USTAR_FORMAT
     return str(file)
 
 
-@pytest.mark.parametrize("crc", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("crc", [False, True])
 def test_a_sample_takes_sixteen_bytes_on_disk_and_mapped(tmp_path, place, crc):
     """Also with labels, checksums, and keys of numbers with gaps, as of a web crawl of which a third failed."""
     numbers = sorted(random.Random(0).sample(range(30_000), 20_000))

@@ -298,7 +298,11 @@ def test_a_resumed_run_scores_no_step_twice_and_skips_none(tmp_path, cards, opti
 
 @pytest.mark.parametrize(
     ("options", "step", "steps"),
-    [({"every_n_steps": 2}, 2, [2, 4, 6]), ({}, 3, [3, 6]), ({"every_n_steps": 6}, 6, [6])],
+    [
+        ({"every_n_steps": 2}, 2, [2, 4, 6]),
+        pytest.param({}, 3, [3, 6], marks=pytest.mark.slow),
+        pytest.param({"every_n_steps": 6}, 6, [6], marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_amid_of_it_saves_at_once_and_the_next_run_scores(
     tmp_path, cards, monkeypatch, capfd, options, step, steps

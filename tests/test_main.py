@@ -47,7 +47,7 @@ def test_output_that_is_closed_is_no_error(words):
         "tokenizer --help", "tokenizer report bytes --text TEXT", "bench --help", "bench cards",
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("unbuffered", ["1", ""])
+@pytest.mark.parametrize("unbuffered", ["1", pytest.param("", marks=pytest.mark.slow)])
 def test_a_reader_that_has_gone_is_no_error(words, unbuffered, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
     path = write_tar(tmp_path / "a.tar", {"0.png": png(), "0.txt": "x"})

@@ -277,6 +277,7 @@ def test_a_step_never_waits_for_the_device():
                 assert {term.device.type for term in terms.values()} == {"cuda"}
 
 
+@pytest.mark.slow
 def test_the_flops_of_a_step_are_counted_with_all_passes():
     """The oracle is torch's FlopCounterMode around a step of another batch."""
     module, data = flops_steps([32, 48])

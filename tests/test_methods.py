@@ -20,7 +20,7 @@ from indiclip.training.cli import run
 
 ROOT = Path(__file__).parent.parent
 METHODS = {file.stem: file for file in sorted((ROOT / "conf" / "methods").glob("*.yaml"))}
-QUICK = {"captioning", "mixup"}
+QUICK = {"mixup"}
 EACH = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow, id=name) for name in METHODS]
 LAST = 10  # steps of the runs that are killed; a border at 80% is at the eighth
 KILLED = (3, 8, 9)  # inside, at the border, and inside what begins there

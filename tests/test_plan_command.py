@@ -16,6 +16,7 @@ def plan(folder, *words, **changes):
     return main(["plan", "--config", str(folder / "experiment.yaml"), *words])
 
 
+@pytest.mark.slow
 def test_a_plan_as_json_and_as_tables(tmp_path, capsys):
     words = [
         "--gpu",

@@ -15,6 +15,7 @@ from indiclip.cli import main
 from indiclip.pretrained.sharded import read_sharded
 from indiclip.training.fault_tolerance.manifest import newest_good, what_is_wrong
 
+pytestmark = pytest.mark.slow
 CHECKPOINTS = "indiclip.training.fault_tolerance.checkpoints.Checkpoints"
 
 
@@ -37,7 +38,6 @@ def run(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
 def test_three_kills_lose_nothing(run, tmp_path):
     at = tmp_path / "runs" / "experiment" / "checkpoints"
     content = {"last.ckpt", "manifest.json"}
@@ -157,7 +157,6 @@ def test_one_command_makes_a_file_from_which_one_process_goes_on(run, tmp_path, 
     assert largest_difference(*ends.values()) == 0
 
 
-@pytest.mark.slow
 def test_a_failed_save_ends_all_ranks_and_keeps_the_one_before(tmp_path):
     """The disk gives back other bytes on the second rank, when it saves for the second time."""
     tree = twelve_steps()
@@ -173,7 +172,7 @@ def test_a_failed_save_ends_all_ranks_and_keeps_the_one_before(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_full_disk_under_one_rank_ends_all_in_one_line(rank, tmp_path):
     """Half-way through that rank's file of the second checkpoint; nothing of it stays where there is no room."""
     tree = twelve_steps()

@@ -172,6 +172,7 @@ def test_a_task_with_too_many_unreadable_samples_stops_all_ranks(tmp_path):
     assert "s.tar s/" in lines[0]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_in_its_list(tmp_path):
     dataset = {"class_path": "trouble.Unreadable", "init_args": {"num": 40, "every": 8}}
     tree = config(trainer__max_steps=4)

@@ -168,6 +168,7 @@ def throughput(**options):
     return {"class_path": "indiclip.training.throughput.Throughput", "init_args": options}
 
 
+@pytest.mark.slow
 def test_a_run_logs_what_it_reaches_and_goes_on_when_resumed(tmp_path):
     tree = config(trainer__max_steps=4, data__steps_per_epoch=3, data__val=[])
     tree["trainer"] |= {"log_every_n_steps": 2, "callbacks": [throughput(peak_tflops=1e-3)]}

@@ -209,6 +209,7 @@ def test_the_readmes_command_goes_from_a_run_to_a_detector(pretrained, tmp_path,
     assert json.loads((folder / "torchvision" / "config.json").read_text())["detector"]["classes"] == ["thing"]
 
 
+@pytest.mark.slow
 def test_a_detector_stays_until_the_next_one_is_scored(pretrained, tmp_path, monkeypatch):
     """Ctrl-C while scoring and a full disk leave the old one; what a killed process left goes with the next."""
     coco(tmp_path, 2)

@@ -32,6 +32,7 @@ def part(class_path, **options):
     return {"class_path": class_path, "init_args": options}
 
 
+@pytest.mark.slow
 def test_no_value_is_read_between_logging_steps(tmp_path):
     """Two ranks, all heads, averages of the weights, clipping, the progress bar: through all of Lightning's loop."""
     scenes = part(

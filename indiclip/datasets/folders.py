@@ -68,18 +68,22 @@ def stem(name: str) -> str:
 
 def _walk(root: Path, below: str) -> Iterator[str]:
     above = (*root.absolute().parents, *root.resolve().parents)
-    folders, seen = [(str(root), below)], {os.path.realpath(folder) for folder in above}
+    folders, seen = [(str(root), below)], {_identity(folder) for folder in above}
     for folder, below in folders:
-        real = os.path.realpath(folder)
-        if real in seen:  # a link to a folder above it, or to one that was read
+        if (identity := _identity(folder)) in seen:  # a link to a folder above it, or to one that was read
             continue
-        seen.add(real)
+        seen.add(identity)
         with os.scandir(folder) as entries:
             for entry in entries:
                 if not entry.is_dir():
                     yield below + entry.name
                 elif not _is_no_data(entry.name):
                     folders.append((entry.path, f"{below}{entry.name}/"))  # the loop comes to it
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    status = os.stat(folder)  # noqa: PTH116 (takes both)
+    return status.st_dev, status.st_ino
 
 
 def _is_no_data(folder: str) -> bool:
