@@ -52,7 +52,7 @@ class Contrastive(Head):
         init_logit_scale: Factor on the cosines at the start, one over the temperature; None is the paper's, 10 or
             1 / 0.07. Logits that `model.encoder.init_from` gives win over this one and the next.
         init_logit_bias: Added to the logits at the start, with `sigmoid` alone; None is the paper's, -10.
-        max_logit_scale: Most that the factor may become; None is the paper's, none or 100.
+        max_logit_scale: Most that the factor may become; None is 100 with `softmax` and no bound with `sigmoid`.
         templates: Prompts of a class in zero-shot classification; `{}` stands for its name.
         retrieval_at: The k of retrieval recall@k.
         **common: Of every `Head`.

@@ -54,8 +54,7 @@ class Distillation(Head):
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        self.check_range(1e-3, 1e6, max_logit_scale=max_logit_scale)
-        self.check_range(1e-3, max_logit_scale, init_logit_scale=init_logit_scale)
+        self.check_range(1e-3, 1e6, max_logit_scale=max_logit_scale, init_logit_scale=init_logit_scale)
         self.online, self.length_weights = teacher, length_weights
         self._scales = (init_logit_scale, max_logit_scale)
         if teacher is not None:

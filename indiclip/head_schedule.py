@@ -1,13 +1,12 @@
-"""Which heads take part in a step, what nobody trains meanwhile, and whose temperature is the model's."""
+"""Which heads take part in a step, and what nobody trains meanwhile."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
 from torch import nn
 
 from indiclip.head import Head
-from indiclip.losses import ContrastiveLoss, PairLoss
 from indiclip.pooling import running_statistics
 from indiclip.steps import start_within
 from indiclip.task_weights import TaskWeights
@@ -82,20 +81,3 @@ def idle_names(module: nn.Module, heads: Sequence[Head], active: Sequence[Head],
     if not idle:
         return set()
     return {name for name, tensor in chain(module.named_parameters(), module.named_buffers()) if id(tensor) in idle}
-
-
-def logits_of(heads: Iterable[Head]) -> str:
-    """Where the temperature of a model's embeddings lies: the path of a loss, such as `heads.contrastive.criterion`.
-
-    That of the contrastive loss, if it has a weight. Of a model that only distils it is that of the distance to the
-    teacher, as nothing trains the other. Empty where there are several such losses, or none.
-    """
-    losses = [
-        (f"heads.{head.name}.{path}", loss, head.weight)
-        for head in heads
-        for path, loss in head.named_modules()
-        if isinstance(loss, PairLoss)
-    ]
-    trained = [(path, loss) for path, loss, weight in losses if weight] or [(path, loss) for path, loss, _ in losses]
-    paths = [path for path, loss in trained if isinstance(loss, ContrastiveLoss)] or [path for path, _ in trained]
-    return paths[0] if len(paths) == 1 else ""

@@ -89,7 +89,7 @@ class PairLoss(nn.Module, ABC):
                 f"{key}init_logit_scale: found {scale:g} with max_logit_scale {self.max_logit_scale:g}; expected more "
                 "than 0 and no more than the latter"
             )
-        self._key = key
+        self._key, self._given_scale = key, 0.0
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(scale)))
         if lengths is not None and (not lengths or lengths[0] < 1 or any(a >= b for a, b in pairwise(lengths))):
             valid = sorted({max(length, 1) for length in lengths}) or [64, 128, 256]
@@ -106,8 +106,7 @@ class PairLoss(nn.Module, ABC):
         """Take `logit_scale` and `logit_bias` of a pretrained model, those that are given.
 
         Raises:
-            ValueError: This loss has no such parameter, or the factor is above `max_logit_scale`, as SigLIP's may be,
-                which has no such bound: the first step would bring it down.
+            ValueError: This loss has no such parameter.
         """
         for name, value in logits.items():
             if not hasattr(self, name):
@@ -116,11 +115,17 @@ class PairLoss(nn.Module, ABC):
                     "logit_scale, or another loss"
                 )
             nn.init.constant_(getattr(self, name), value)
-        factor = math.exp(logits.get("logit_scale", -math.inf))
-        if factor > 1.001 * self.max_logit_scale:  # CLIP's own are at the bound, and rounded
+        self._given_scale = math.exp(logits.get("logit_scale", -math.inf))
+
+    def check_scale(self) -> None:
+        """Raise ValueError where a pretrained factor that is trained is above `max_logit_scale`, as SigLIP's may be,
+        which has no such bound: the first step would bring it down.
+        """
+        if self.logit_scale.requires_grad and self._given_scale > 1.001 * self.max_logit_scale:  # CLIP's are rounded
             raise ValueError(
                 f"{self._key}max_logit_scale: found {self.max_logit_scale:g}, and model.encoder.init_from gives a "
-                f"logit_scale of {factor:.4g}; expected more, or `parts` without logit_scale"
+                f"logit_scale of {self._given_scale:.4g}; expected more, `parts` without logit_scale, or "
+                "model.freeze: [logit_scale]"
             )
 
     @torch.no_grad()

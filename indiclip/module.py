@@ -22,7 +22,7 @@ from indiclip.float8 import Recipe, convert_to_float8, share_scales
 from indiclip.freezing import freeze as freeze_paths
 from indiclip.freezing import frozen_paths, keep_frozen
 from indiclip.head import Head, Losses, Prediction, computed
-from indiclip.head_schedule import idle_names, idle_parameters, logits_of, start_steps, unused_parts
+from indiclip.head_schedule import idle_names, idle_parameters, start_steps, unused_parts
 from indiclip.held_out_scores import HeldOutScores
 from indiclip.lightning_internals import batches_done, estimated_steps, gradient_scale, logs_after_step
 from indiclip.micro_batches import CachedGradients, Outputs, split
@@ -30,6 +30,7 @@ from indiclip.names import check_range
 from indiclip.parameter_groups import parameter_groups
 from indiclip.ratios import Values, as_ratios, means_over_ranks, over_all_ranks
 from indiclip.task_weights import Fixed, TaskWeights, gradients_of
+from indiclip.temperature import check_scales, logits_of
 from indiclip.types import Batch, Features, Origin
 
 Batches = dict[str, Batch]
@@ -139,6 +140,7 @@ class MultiTask(L.LightningModule):
         self.unused = unused_parts(self.each_head())
         self.frozen = frozen_paths(self, [*self.unused, *freeze])
         freeze_paths(self, self.frozen)
+        check_scales(self.each_head())
         if not any(parameter.requires_grad for parameter in self.parameters()):
             raise ValueError(f"model.freeze: {', '.join(freeze)} leaves nothing to train")
 

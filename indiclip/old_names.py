@@ -21,7 +21,8 @@ _TABLES: _Tables = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(
 MODULES = _TABLES["modules"]
 _MOVED = _TABLES["moved"]
 _LOG_VARIANCE = re.compile(r"^task_weights\.log_variances\.")
-_DROPPED = re.compile(r"heads\.[\w-]+\.(step|teacher\.crc32)")
+_STEP = re.compile(r"heads\.[\w-]+\.step")
+_TEACHER = re.compile(r"heads\.[\w-]+\.teacher\.crc32")
 _NAMES = _MOVED | _TABLES["classes"] | MODULES
 _OLD_BETAS = [0.9, 0.98]  # AdamW's, when `betas` was a key of the model
 _OLD_SOURCE = {"group_by_length": True}  # of every source, when there was no such option
@@ -51,9 +52,6 @@ def translate_config(value: Any) -> Any:
         arguments = {"lr": 1e-3, "betas": betas, "weight_decay": 0.05, "fused": True}
         model["optimizer"] = {"class_path": "torch.optim.AdamW", "init_args": arguments}
     is_old = found != today
-    if isinstance(model, dict) and isinstance(model.get("heads"), list):
-        for head in model["heads"]:
-            _forget_old_bound(head)
     if isinstance(model, dict) and model.pop("uncertainty_weighting", False):
         model["task_weights"] = {"class_path": "indiclip.task_weights.Uncertainty"}
     for backbone in _named_backbones(found):
@@ -72,16 +70,6 @@ def translate_config(value: Any) -> Any:
             stacklevel=1,  # so that it is said once, whoever asks
         )
     return found
-
-
-def _forget_old_bound(head: Any) -> None:
-    """CLIP's bound on the logit scale, which runs wrote down when it was no loss's own; of softmax it is still."""
-    own = head.get("init_args") if isinstance(head, dict) else None
-    if not isinstance(own, dict):
-        return
-    is_softmax = (head.get("class_path"), own.get("loss")) == ("heads.contrastive.Contrastive", "softmax")
-    if is_softmax and own.get("max_logit_scale") == 100.0:
-        own["max_logit_scale"] = None
 
 
 def _renamed(value: Any, names: dict[str, str]) -> Any:
@@ -125,7 +113,11 @@ def translate_checkpoint(checkpoint: dict[str, Any]) -> None:
         validation["due"] = validation.pop("owed")
     # Saved among the weights: a step counter, from which the DensePose head drew its box jitter, and the checksum of a
     # teacher beside the student.
-    weights = {name: w for name, w in checkpoint.get("state_dict", {}).items() if not _DROPPED.fullmatch(name)}
+    weights = {name: w for name, w in checkpoint.get("state_dict", {}).items() if not _STEP.fullmatch(name)}
+    for name in [name for name in weights if _TEACHER.fullmatch(name)]:
+        crc32 = int(weights.pop(name))
+        if "train_samples" in checkpoint:
+            checkpoint["train_samples"][name.removesuffix(".teacher.crc32")] = {"crc32_of_teacher": crc32}
     for old, new in _TABLES["weights"].items():
         weights = {re.sub(old, new, name): weight for name, weight in weights.items()}
     checkpoint["state_dict"] = weights

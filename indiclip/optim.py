@@ -245,10 +245,12 @@ def restart_schedule(scheduler: LambdaLR) -> None:
     shares = [rate / peak for rate, peak in zip(scheduler.get_last_lr(), scheduler.base_lrs, strict=True) if peak]
     if shares and now > 1.01 * shares[0]:
         warnings.warn(
-            f"model.lr_schedule: behind step {scheduler.last_epoch} the rate rises from {shares[0]:.3g} to {now:.3g} "
-            "of its peak, as where the checkpoint's run had begun to decay it or was still warming up",
+            f"model.lr_schedule: after step {scheduler.last_epoch} the learning rate rises from {shares[0]:.3g} to "
+            f"{now:.3g} of its peak: the checkpoint's run was decaying it, or still warming up; a checkpoint from "
+            "before the decay would avoid it",
             stacklevel=2,
         )
     scheduler.base_lrs = [group["initial_lr"] for group in groups]
     for group, base_lr, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
         group["lr"] = base_lr * factor(scheduler.last_epoch)
+    scheduler._last_lr = [group["lr"] for group in groups]  # for a checkpoint that is saved before the first step

@@ -165,8 +165,8 @@ def gathered_weights(module: nn.Module) -> Iterator[None]:
 def gathered_through_gradients(module: nn.Module) -> Iterator[None]:
     """All weights on each rank, for a step that goes back several times; the backward pass after it lets them go.
 
-    Inside, a parameter is the whole one, with which the forward pass is made: `torch.autograd.grad` takes it. Without
-    effect on a module that is not sharded.
+    Inside, a parameter is the whole one, with which the forward pass is made: `torch.autograd.grad` takes it. A forward
+    pass outside of it keeps the weights too, until `release`. Without effect on a module that is not sharded.
     """
     try:
         gather(module)

@@ -17,11 +17,11 @@ from heads.distillation import Distillation
 from indiclip import flex
 from indiclip.checkpoint import load
 from indiclip.cli import main
-from indiclip.head_schedule import logits_of
 from indiclip.module import MultiTask
 from indiclip.planning.step_model import count_loss
 from indiclip.pretrained.read import read_weights
 from indiclip.tasks.online_teacher import OnlineTeacher
+from indiclip.temperature import logits_of
 from indiclip.types import Texts
 
 CAPTIONS = ["a kite", "दीया", "a pot", "a kite", "a drum"]

@@ -184,6 +184,16 @@ def test_a_task_that_trains_once_is_told(tmp_path):
         assert fit(tmp_path, tree_of(4, steps=2)) == 0
 
 
+@pytest.mark.parametrize(("start", "status"), [(0.8, 0), (0.9, 2)])
+def test_a_head_that_begins_behind_the_last_batch_of_its_task_is_refused(start, status, tmp_path, capsys):
+    """Batches of scenes come in steps 0, 4 and 8 of 10."""
+    tree = tree_of(4, steps=10, dense=True)
+    tree["model"]["heads"][1] = DETECTION | {"init_args": DETECTION["init_args"] | {"start": start}}
+    assert fit(tmp_path, tree) == status
+    found = "data.train[1].every: found 4 of 10 steps in all: heads.detection begins in step 9, and no batch comes from"
+    assert (found in capsys.readouterr().err) == bool(status)
+
+
 def test_sources_of_a_task_agree():
     sources = [Source("t", Numbers("a", 8), 2, every=every) for every in (1, 2)]
     with pytest.raises(ValueError, match="data: the sources of task 't' differ in every, such as 1 and 2; they share"):

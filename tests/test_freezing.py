@@ -109,7 +109,13 @@ def test_any_part_may_be_frozen_in_a_step(words):
 
 
 def test_a_frozen_logit_scale_is_not_clamped():
-    """SigLIP's is 117 times the cosine; one that softmax CLIP trains is kept at 100 at most."""
+    """SigLIP's is 117 times the cosine; one that softmax CLIP trains is kept at 100, and may not begin above."""
+    encoder = tiny_encoder()
+    encoder.initial_logits = {"logit_scale": 4.765}
+    frozen = MultiTask(encoder, [Contrastive(loss="softmax")], freeze=["logit_scale"])
+    assert frozen.each_head()[0].criterion.logit_scale.item() == pytest.approx(4.765)
+    with pytest.raises(ValueError, match=r"gives a logit_scale of 117.3; expected more, .* model.freeze"):
+        MultiTask(encoder, [Contrastive(loss="softmax")])
     for words in ([], ["logit_scale"]):
         module = quiet(MultiTask(tiny_encoder(), [Contrastive(loss="softmax")], freeze=words))
         scale = module.each_head()[0].criterion.logit_scale

@@ -206,12 +206,16 @@ def test_scale_is_clamped_at_100_and_comes_back(loss_class):
 
 def test_a_pretrained_scale_above_the_bound_is_refused():
     """SigLIP's are, such as 117.3 of its B/16: its loss has no bound. CLIP's own, rounded, are not."""
-    SoftmaxLoss().begin_with({"logit_scale": 4.6052})
+    loss = SoftmaxLoss(key="heads.x.")
+    loss.begin_with({"logit_scale": 4.6052})
+    loss.check_scale()
+    loss.begin_with({"logit_scale": 4.765})
     expected = "heads.x.max_logit_scale: found 100, and model.encoder.init_from gives a logit_scale of 117.3"
     with pytest.raises(ValueError, match=expected):
-        SoftmaxLoss(key="heads.x.").begin_with({"logit_scale": 4.765})
+        loss.check_scale()
     loss = SigmoidLoss()
     loss.begin_with({"logit_scale": 4.765})
+    loss.check_scale()
     loss.bound_scale()
     assert loss.logit_scale.item() == pytest.approx(4.765)
 

@@ -203,9 +203,10 @@ def test_what_is_no_weight_any_more_is_dropped():
     """A step counter of DensePose, and the checksum of a teacher beside the student."""
     kept = "heads.distillation.teacher.encoder.logit_scale"
     names = ["heads.densepose.step", "heads.distillation.teacher.crc32", kept]
-    checkpoint = {"state_dict": dict.fromkeys(names, torch.zeros(1))}
+    checkpoint = {"state_dict": dict.fromkeys(names, torch.full((1,), 7)), "train_samples": {}}
     old_names.translate_checkpoint(checkpoint)
     assert list(checkpoint["state_dict"]) == [kept]
+    assert checkpoint["train_samples"] == {"heads.distillation": {"crc32_of_teacher": 7}}  # still compared
 
 
 def test_a_teacher_of_masked_images_has_its_backbone_under_a_name():

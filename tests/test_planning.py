@@ -258,10 +258,16 @@ def test_communication_by_hand():
     assert (ddp.weights, ddp.gradients, ddp.loss) == pytest.approx((0, 2 * 15e9 / 200e9, 2 * 15e9 / 200e9))
     assert ddp.exposed(1, 1) == pytest.approx(ddp.loss + ddp.tail)  # the rest hides
     assert ddp.exposed(0, 0) == pytest.approx(ddp.total)
-    for strategy in ("ddp", "fsdp", "hsdp"):  # each of three heads' gradients is all-reduced, and nothing hides that
-        once, pcgrad = (traffic(two, strategy, replace(weights, separate_heads=n), 0) for n in (0, 3))
-        more = 3 * 2 * 15e9 / 200e9
-        assert (pcgrad.total - once.total, pcgrad.exposed(9, 9) - once.exposed(9, 9)) == pytest.approx((more, more))
+    for strategy in ("ddp", "fsdp", "hsdp"):
+        compared = replace(weights, stay_gathered=True)
+        once, gradnorm, pcgrad = (
+            traffic(two, strategy, of, 0) for of in (weights, compared, replace(compared, separate_heads=3))
+        )
+        assert gradnorm.total == pytest.approx(once.weights + once.gradients)  # gathered once, and nothing hides that
+        assert gradnorm.exposed(9, 9) == pytest.approx(once.weights + once.tail)
+        # Of PCGrad each of three heads' gradients is all-reduced, and then the sum, when all passes are made.
+        assert pcgrad.total == pytest.approx(gradnorm.total + 3 * 2 * 15e9 / 200e9)
+        assert pcgrad.exposed(9, 9) == pytest.approx(pcgrad.total)
 
 
 def estimate(cluster, **changes):

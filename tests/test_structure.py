@@ -105,9 +105,10 @@ ARROWS = {
     "lightning_internals.py": "",
     "task_weights.py": "names types distributed autograd sharding",
     "module.py": "encoder head types names optim freezing lightning_internals distributed sharding float8 task_weights"
-    " micro_batches ratios head_schedule held_out_scores module_checks parameter_groups",
+    " micro_batches ratios head_schedule held_out_scores module_checks parameter_groups temperature",
     "held_out_scores.py": "head types distributed",
-    "head_schedule.py": "head losses pooling steps task_weights",
+    "head_schedule.py": "head pooling steps task_weights",
+    "temperature.py": "head losses",
     "module_checks.py": "encoder head task_weights",
     "datasets": "types names images",
     "webdataset": "types names masking images datasets",

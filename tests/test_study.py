@@ -161,7 +161,7 @@ def test_the_page_has_every_number_and_the_commands(done):
     at_equal_flops = table.partition("## At equal steps")[0].splitlines()
     (row,) = (line for line in at_equal_flops if line.startswith("| wide "))
     assert f"| before_training |  |  |  | {before['scenes/zero_shot@32']:.3f} |" in at_equal_flops
-    assert "`before_training` is of seed 0 alone" in table
+    assert "`before_training` is of seed 0\nalone. " in table
     assert "before_training of seed 0 alone" in page
     done_study = Study(read_grid(file), folder)
     plain, wide = (done_study.counted[arm] for arm in ("plain", "wide"))

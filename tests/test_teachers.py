@@ -132,11 +132,17 @@ def test_a_cache_that_is_gone_is_made_in_the_branchs_own_folder(tmp_path):
         return Path(cache.folder)
 
     link = tmp_path / "teachers"
-    for stem in ("gone", "begun"):
-        (tmp_path / "begun").mkdir(exist_ok=True)  # without the record of a whole one
+    (tmp_path / "stem" / "teachers").mkdir(parents=True)  # without the record of a whole one
+    (tmp_path / "stem" / "config.yaml").touch()
+    (tmp_path / "scratch").mkdir()
+    for stem in ("gone", "stem/teachers"):
         link.symlink_to(stem)
         assert place(["runs/larger"], tmp_path) == link
         assert not link.is_symlink()
+    link.symlink_to("scratch")  # as a user wants it
+    assert place(["runs/larger"], tmp_path) == link
+    assert link.readlink() == Path("scratch")
+    link.unlink()
     link.symlink_to("gone")
     for folder, missing in ((None, "gone"), (str(tmp_path / "elsewhere"), "elsewhere")):
         with pytest.raises(ValueError, match=f"{tmp_path / missing}: holds no whole cache of teachers, and initial"):
@@ -178,4 +184,4 @@ def test_a_branch_under_another_name_has_the_cache_of_its_run(tmp_path, capsys):
     shutil.rmtree(tmp_path / "moved" / "stem" / "teachers")
     assert experiments.fit(tmp_path, found, *flags[:-1], "4") == 2
     stem = tmp_path / "moved" / "stem" / "teachers"
-    assert f"{stem}: holds no whole cache of teachers, and initial, the encoder" in capsys.readouterr().err
+    assert f"{stem}: holds no whole cache of teachers, and initial in teachers.make" in capsys.readouterr().err

@@ -22,8 +22,8 @@ Against `{control}`, whose row has the scores themselves. Each cell: the verdict
 seeds, their 95% interval with the spread pooled over all arms. `better`, `worse`: p < 0.05 after Holm's correction for
 the arms, for each score by itself; `perhaps`: only the interval leaves out 0; `no difference seen` is no proof that
 there is none; `not judged`: too few seeds; `diverged`: a seed ended in numbers that are not finite, and the numbers are
-of the others. †: the arm's own {seeds} differences alone would not say so. `before_training` is of seed {first} alone,
-and of its fold. Lower is better of: {lower}.
+of the others. †: the arm's own {seeds} differences alone would not say so. `before_training` is of seed {first}
+alone{fold}. Lower is better of: {lower}.
 """
 
 
@@ -60,7 +60,11 @@ def markdown(
     lower = [name for name in main if results.direction(name) == "lower"]
     seeds = sorted({len(grid.arm_seeds(arm)) for arm in grid.arms})
     notes = _NOTES.format(
-        control=grid.control, seeds=" or ".join(map(str, seeds)), first=grid.seeds[0], lower=", ".join(lower) or "none"
+        control=grid.control,
+        seeds=" or ".join(map(str, seeds)),
+        first=grid.seeds[0],
+        fold=", and of its fold" if grid.folds else "",
+        lower=", ".join(lower) or "none",
     )
     return "\n".join([*lines, notes, *([end, ""] if end else [])])
 
@@ -68,8 +72,8 @@ def markdown(
 def numbers(results: Results) -> str:
     """CSV with a row for each run and step at which it was scored or validated, and a column for each score.
 
-    The last column is validation's metric, which in short runs chose the learning rates. Nothing stands where nothing
-    was measured.
+    The last column is validation's metric. Nothing stands where nothing was measured. The weights before training and
+    the short runs that chose the learning rates are in the page alone.
     """
     metric = results.grid.select.metric
     rows: dict[tuple[str, int, int], dict[str, float]] = {}

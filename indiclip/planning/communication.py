@@ -63,19 +63,21 @@ class Traffic:
 
     Attributes:
         weights: Shards that are gathered for one pass, forward or backward.
-        gradients: That are reduced; of PCGrad each head's too.
+        gradients: That are reduced; of PCGrad each head's too, at most: as if all heads reached all that is trained.
         loss: Embeddings of all ranks, and their gradients.
         tail: Of `gradients`, what comes when the last of them is there, so that nothing can hide it.
+        ahead: Shards that are gathered once, before both passes, so that nothing can hide it.
     """
 
     weights: float
     gradients: float
     loss: float
     tail: float
+    ahead: float = 0.0
 
     @property
     def total(self) -> float:
-        return 2 * self.weights + self.gradients + self.loss
+        return self.ahead + 2 * self.weights + self.gradients + self.loss
 
     def exposed(self, forward_seconds: float, backward_seconds: float) -> float:
         """What the step waits for: the rest of what does not hide behind the computation of the same pass.
@@ -120,5 +122,8 @@ def traffic(cluster: Cluster, strategy: Strategy, weights: Weights, embeddings: 
         gather = node.gather_seconds(gathered)
         reduce = node.gather_seconds(gradients) + replicas.reduce_seconds(gradients * share)
         tail = node.gather_seconds(last) + replicas.reduce_seconds(last * share)
-    separate = weights.separate_heads * cluster.reduce_seconds(gradients)  # nothing else goes on meanwhile
-    return Traffic(gather, reduce + separate, loss, tail + separate)
+    if weights.separate_heads:  # each head's are reduced, then the sum, and all passes were made before
+        reduce = tail = reduce + weights.separate_heads * cluster.reduce_seconds(gradients)
+    if weights.stay_gathered:
+        return Traffic(0.0, reduce, loss, tail, ahead=gather)
+    return Traffic(gather, reduce, loss, tail)

@@ -1,5 +1,6 @@
 """Heads, sources and the backbone fit together: found out before training starts."""
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -55,12 +56,18 @@ def check_length(model: MultiTask, data: MultiTaskData, num_steps: int) -> None:
     Raises:
         ValueError: The first of them, naming the YAML key.
     """
-    start_steps(model.each_head(), num_steps)
+    starts = start_steps(model.each_head(), num_steps)
     for key, source in keyed("data.train", data.train).items():
         stage_ends(source.stages, num_steps, f"{key}.stages")
         source.change_steps(num_steps)
+        found = f"{key}.every: found {source.every} of {num_steps} steps in all"
+        for name in (head.name for head in model.each_head() if head.task == source.task):
+            first = math.ceil(starts[name] / source.every) * source.every
+            if first >= num_steps:
+                raise ValueError(
+                    f"{found}: heads.{name} begins in step {starts[name]}, and no batch comes from then on"
+                )
         if 1 < num_steps <= source.every:
-            found = f"{key}.every: found {source.every} of {num_steps} steps in all"
             warnings.warn(f"{found}: the task {source.task!r} has a batch in the first alone", stacklevel=2)
 
 

@@ -6,6 +6,7 @@ stays, or `--override` says that it may change. The optimizer's values, which ta
 fast and where a run trains may change. Every change is listed at the start.
 """
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from indiclip.datasets.base import fingerprint
 from indiclip.loading.source import keyed
 from indiclip.masking import mask
 from indiclip.names import differences
-from indiclip.old_names import translate_config
 from indiclip.training.fault_tolerance.ranks import folder_of
 from indiclip.training.portable_config import PortableConfig
 
@@ -118,14 +118,14 @@ def check_changes(parser: LightningArgumentParser, config: Any) -> list[str]:
         was = parser.parse_object(read_config(file))
     except Exception as error:
         raise ValueError(f"{file}: not a config of this version, so nothing can be compared: {error}") from error
-    # Both as that run's folder would hold them and a later start read them, so that another way to write is no change.
-    old, new = (translate_config(PortableConfig(plain(parser, tree), None, folder).tree) for tree in (was, config))
+    # Both as that run's folder would hold them, so that another way to write is no change.
+    old, new = (PortableConfig(plain(parser, tree), None, folder).tree for tree in (was, config))
     before, now = ((tree["model"]["optimizer"] or _DEFAULT_OPTIMIZER)["class_path"] for tree in (old, new))
     if before != now:
         raise ValueError(f"model.optimizer: {now} cannot go on from the moments of {before}")
     changes = [(key, line) for key, line in differences(old, new) if not _is_under(key, _RULE["of_this_start"])]
     lines = [mask(line) for _, line in changes]
-    refused = [key for key, _ in changes if _is_under(key, _RULE["step"]) and not _is_under(key, _RULE["not_of_step"])]
+    refused = [key for key, _ in changes if _is_under(key, _RULE["step"]) and not _takes_effect(key)]
     if refused and not config["override"]:
         heads = [[head["class_path"] for head in tree["model"]["heads"]] for tree in (old, new)]
         advice = _OVERRIDE if heads[0] == heads[1] else _OTHER_HEADS
@@ -141,6 +141,11 @@ def _found(trainer: Trainer, module: Any) -> dict[str, dict[str, int]]:
     sources = keyed("data.train", trainer.datamodule.train)  # type: ignore[attr-defined]
     found = {name: fingerprint(source.dataset) for name, source in sources.items()}
     return found | {f"heads.{head.name}": kept for head in module.each_head() if (kept := head.fingerprint())}
+
+
+def _takes_effect(key: str) -> bool:
+    """At once, in a list at any place of it."""
+    return _is_under(key, _RULE["not_of_step"]) or _is_under(re.sub(r"\[\d+\]", "", key), _RULE["not_of_step"])
 
 
 def _is_under(key: str, paths: Iterable[str]) -> bool:

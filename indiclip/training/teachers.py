@@ -47,8 +47,9 @@ def place_caches(data: MultiTaskData, folder: Path, begun: Path | None) -> None:
             cache.make = None
         elif _reads_initial(cache):
             raise ValueError(
-                f"{cache.path.resolve()}: holds no whole cache of teachers, and {INITIAL}, the encoder that the run "
-                "began with, is not kept; expected the folder as it was"
+                f"{cache.path.resolve()}: holds no whole cache of teachers, and {INITIAL} in teachers.make, the "
+                "encoder that the run began with, is not kept; expected the folder as it was, or a copy of it as "
+                "teachers.folder"
             )
     for cache in without if begun and is_first_process() else []:
         _link(folder / cache.path.name, cache.path)
@@ -60,8 +61,9 @@ def _reads_initial(cache: TeacherCache) -> bool:
 
 def _link(own: Path, cache: Path) -> None:
     """From a branch's folder to its cache, so that it finds that again when it is itself stopped and goes on."""
-    if own.is_symlink() and not _is_done(own):
-        own.unlink()  # to a cache that is gone; another is made here
+    is_of_run = (own.resolve().parent / "config.yaml").is_file()
+    if own.is_symlink() and not _is_done(own) and (is_of_run or not own.exists()):
+        own.unlink()  # to another run's cache that is gone, not to where a user wants this one; it is made here
     if own == cache or os.path.lexists(own):
         return
     try:
