@@ -8,6 +8,8 @@ from timm.models._manipulate import MATCH_PREV_GROUP, group_with_matcher
 from torch import nn
 from transformers import PreTrainedModel
 
+from indiclip.names import did_you_mean
+
 _TABLES = re.compile(r"(^|\.)(\w*pos_embed|\w*position_\w+|cls_token|reg_token|latent)(\.|$)")
 _NUMBER = re.compile(r"\.(\d+)\.")
 
@@ -37,7 +39,8 @@ def parameter_groups(
     lr_scale = lr_scale or {}
     unused = [path for path in lr_scale if not any(_under(name, path) for name, _ in module.named_parameters())]
     if unused:
-        raise ValueError(f"model.lr_scale: no parameter lies under {', '.join(sorted(unused))}")
+        near = did_you_mean(unused[0], [name for name, _ in (*module.named_modules(), *module.named_parameters())])
+        raise ValueError(f"model.lr_scale: no parameter lies under {unused[0]}{near}")
     no_decay = set(_no_decay(module))
     depths = _depths(module) if layer_decay != 1.0 else {}
     groups: dict[tuple[float, bool], dict[str, Any]] = {}

@@ -341,6 +341,14 @@ def test_checkpoints_are_in_the_runs_folder_whatever_the_logger(tmp_path, capsys
     assert "going on from" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("trial", ["true", "false"])
+def test_what_the_optimizer_does_not_know_is_one_line_in_a_trial_too(trial, tmp_path, capsys):
+    """Lightning's teardown fails on top of it in a `fast_dev_run`, as no loader was read."""
+    words = ["--model.lr_scale", "{encoder.backbon: 0.1}", "--trainer.fast_dev_run", trial]
+    assert fit(tmp_path, config(), *words) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("indiclip: model.lr_scale: no parameter lies")
+
+
 @pytest.mark.parametrize("launcher", [pytest.param("lightning", marks=pytest.mark.slow), "torchrun"])
 def test_two_processes_train_all_four_tasks(launcher, tmp_path):
     """Through the command, by either launcher; held-out numbers are of all seven scenes, more on one rank."""

@@ -112,7 +112,7 @@ def test_parameter_groups():
     for name in ("encoder.backbone.vit.embeds.pos_embed", "encoder.text_pool.pool.latent"):
         assert group_of(groups, name)["weight_decay"] == 0
     assert group_of(groups, "heads.contrastive.criterion.logit_scale")["lr_scale"] == 1
-    with pytest.raises(ValueError, match="model.lr_scale: no parameter lies under encoder.backbon$"):
+    with pytest.raises(ValueError, match="no parameter lies under encoder.backbon; nearest is 'encoder.backbone'$"):
         parameter_groups(module, {"encoder.backbon": 0.1, "encoder.backbone": 1.0})
 
 

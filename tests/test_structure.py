@@ -56,7 +56,7 @@ ARROWS = {
     "old_names.py": "",
     "config_files.py": "names old_names",
     "optim.py": "names steps parameter_groups",
-    "parameter_groups.py": "",
+    "parameter_groups.py": "names",
     "freezing.py": "names",
     "lora.py": "names",
     "images.py": "",

@@ -54,7 +54,8 @@ class CachedViews:
         try:
             self.record = read_record(self.folder)
         except ValueError as error:
-            raise self._damaged(error) from error
+            advice = "`indiclip embed --views` with --overwrite, or a new run with `teachers.make`, makes it anew"
+            raise ValueError(f"{self._key}.folder: {error}; {advice}") from error
         if not self.record["done"]:
             raise ValueError(f"{self._key}.folder: {self.folder} is not complete; the same `indiclip embed` goes on")
         self._first = self._place_of(dataset)

@@ -284,8 +284,15 @@ def _say_left(interrupt: KeyboardInterrupt) -> int:
     return 128 + signal.SIGINT
 
 
+def _raised_first(error: Exception) -> Exception:
+    """The error, or what Lightning was leaving for when its teardown failed too, as before any loader is read."""
+    is_of_teardown = any(frame.name == "_teardown" for frame in traceback.extract_tb(error.__traceback__))
+    return error.__context__ if is_of_teardown and isinstance(error.__context__, Exception) else error
+
+
 def _say(error: Exception) -> int:
     """Print what a user can act on as one line. Returns the exit status; raises what is the program's own fault."""
+    error = _raised_first(error)
     notes = getattr(error, "__notes__", [])  # where it broke off in training, see RunRecord
     apart = launch.explain(error)
     lost = None if apart else local_ranks.explain(error)
