@@ -250,6 +250,18 @@ def test_names_that_no_run_gives_are_told_before_rates_are_tried(done, capsys):
 
 
 @pytest.mark.slow
+def test_a_metric_that_validation_has_not_is_told_before_the_next_arm_is_timed(done, capsys):
+    file, folder, _ = done
+    of = grid(file.parent, "early", select={"metric": "val/contrastive/zeroshot"}, learning_rates=None)
+    early = folder.with_name("early")
+    shutil.copytree(folder, early, ignore=shutil.ignore_patterns("seed-*"))
+    shutil.rmtree(early / "wide")
+    assert study.main([str(of), "--runs", str(folder.parent)]) == 2
+    assert "select.metric: found 'val/contrastive/zeroshot'" in capsys.readouterr().err
+    assert not (early / "wide").exists()
+
+
+@pytest.mark.slow
 def test_scores_that_fail_are_told_before_anything_is_trained(done, capfd):
     file, folder, _ = done
     spec = yaml.safe_load(file.read_text())["scores"]["boxes"] | {"metrics": {"ap5": "higher"}}

@@ -96,7 +96,8 @@ class Study:
                 yield Task(key, self.run_seconds(place.run, costs), partial(train, place, self.grid), place.end)
 
     def first(self, *names: str) -> list[Task]:
-        """What is left of the runs of these names."""
+        """What is left of the runs of these names; see `check_names`, which the first that is done fails."""
+        self.check_names()
         return [task for task in self.todo() if task.key[1] in names]
 
     def check_names(self) -> None:
