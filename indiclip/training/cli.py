@@ -28,6 +28,7 @@ from indiclip.training import launch
 from indiclip.training.checks import check, check_length
 from indiclip.training.config_errors import ConfigError, OneLineParser, check_unmasked, check_yaml, one_line
 from indiclip.training.config_history import ConfigHistory, check_changes, plain
+from indiclip.training.config_lists import replace_lists_whole
 from indiclip.training.fault_tolerance import local_ranks
 from indiclip.training.fault_tolerance.ranks import AgreedStop, callbacks_of
 from indiclip.training.initial_weights import leave_out_initial_weights, warn_of_random_towers
@@ -77,6 +78,7 @@ class IndiCLI(LightningCLI):
         # Lightning's Timer has an enum for a default.
         yaml.SafeDumper.add_multi_representer(str, yaml.SafeDumper.represent_str)
         set_loader("omegaconf+", _load, (yaml.YAMLError,))
+        replace_lists_whole()
         failed = True
         try:
             super().__init__(
