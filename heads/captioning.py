@@ -108,6 +108,8 @@ class Captioning(Head):
         self.check_range(2, num_bins=num_bins)
         self.check_range(0, depth - 1, text_layers=text_layers)  # one layer at least sees the image
         self.check_range(0, 1, parallel=parallel)
+        if not regions:
+            self.note_idle("without regions", num_bins=num_bins)
         if not _LANGUAGE.fullmatch(language) or language != language_code(language):
             raise ValueError(f"heads.{self.name}.language: found {language!r}; expected a code such as hi or hi-Latn")
         self.width, self.depth, self.num_heads, self.text_layers = width, depth, num_heads, text_layers

@@ -133,7 +133,23 @@ class MaskedModelling(Head):
         self.of_two = not _OF_TWO.isdisjoint(self.losses)
         self.reads_images, self.reads_text = self.of_two or "mim" in self.losses, self.of_two or "mlm" in self.losses
         self.required_fields = ("caption",) if self.reads_text else ()
+        self._note_idle_options(width=width, depth=depth, num_heads=num_heads, codebook=codebook)
         self.reads_embeddings = "hard_negatives" if hard_negatives else ""
+
+    def _note_idle_options(self, codebook: Codebook | None, **of_multimodal: int) -> None:
+        among = f"with losses {', '.join(self.losses)}"
+        if not self.of_two:
+            self.note_idle(among, **of_multimodal)
+        if not self.reads_images:
+            self.note_idle(among, image_ratio=self.image_ratio)
+        if not self.reads_text:
+            self.note_idle(among, text_ratio=self.text_ratio)
+        if _OF_PATCHES.isdisjoint(self.losses):
+            self.note_idle(among, targets=self.targets, codebook=codebook, teacher_decay=self.teacher_decay)
+        elif self.targets == "teacher":
+            self.note_idle("with targets teacher", codebook=codebook)
+        else:
+            self.note_idle("with targets codebook", teacher_decay=self.teacher_decay)
 
     def bind(self, encoder: "Encoder") -> None:
         backbone, text = encoder.backbone, encoder.text

@@ -129,6 +129,10 @@ class SelfDistillation(Head):
             raise ValueError(f"heads.{self.name}.visible_weight: found {visible_weight:g} without an ibot_weight")
         if not dino_weight and not ibot_weight:
             raise ValueError(f"heads.{self.name}: dino_weight and ibot_weight are 0; expected one of them above")
+        if not ibot_weight:
+            self.note_idle("with ibot_weight 0", mask_kind=mask_kind, mask_share=mask_share, mask_ratio=mask_ratio)
+        elif not mask_share:
+            self.note_idle("with mask_share 0", mask_kind=mask_kind, mask_ratio=mask_ratio)
         self.global_view, self.local_view = global_view, local_view if dino_weight else None
         self.dino_weight, self.ibot_weight, self.koleo_weight = dino_weight, ibot_weight, koleo_weight
         self.projector = partial(

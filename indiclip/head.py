@@ -5,6 +5,7 @@ A head borrows the encoder and reads precomputed features; it never runs the bac
 YAML names its class.
 """
 
+import inspect
 import itertools
 import re
 from abc import ABC, abstractmethod
@@ -117,6 +118,7 @@ class Head(nn.Module, ABC):
         embeds_text: Whether `loss` calls `encoder.embed_text`. What no head of a run uses is frozen: distributed
             training waits for a gradient of everything else.
         reads_text: Whether `loss` runs the text tower, if only for its tokens.
+        idle_options: Given options that have no effect, and why, see `note_idle`.
         reads_embeddings: The argument for which it reads embeddings of images and texts that another head trains; empty
             where it reads none.
 
@@ -159,12 +161,25 @@ class Head(nn.Module, ABC):
         if not re.fullmatch(r"[\w-]+", self.name) or hasattr(nn.ModuleDict(), self.name):
             expected = "letters, digits, _ and -, and no name of torch's ModuleDict"
             raise ValueError(f"heads.{type(self).__name__}.name: found {name!r}, expected {expected}")
+        self.idle_options: dict[str, str] = {}
         self.check_range(weight=weight)
         check_starts({f"heads.{self.name}.start": start})
 
     def check_range(self, *limits: float, **arguments: float | None) -> None:
         """Raise ValueError for the first that does not lie within the limits, naming it; see `names.check_range`."""
         check_range({f"heads.{self.name}.{name}": value for name, value in arguments.items()}, *limits)
+
+    def note_idle(self, reason: str, **options: Any) -> None:
+        """Note options that have no effect with others, so that a run says so of those that differ from their defaults.
+
+        Args:
+            reason: Such as `with ibot_weight 0`.
+            **options: As they were given to the constructor.
+        """
+        parameters = [inspect.signature(kind).parameters for kind in type(self).__mro__ if issubclass(kind, Head)]
+        for name, value in options.items():
+            if value != next(of[name] for of in parameters if name in of).default:
+                self.idle_options[name] = reason
 
     @abstractmethod
     def bind(self, encoder: "Encoder") -> None:

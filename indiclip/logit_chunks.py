@@ -13,13 +13,12 @@ Shape letters: as in `indiclip.losses`, and R images and C texts of a chunk.
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from indiclip.distributed import rank_and_world
+from indiclip.distributed import all_gather, arrived, begin_gather, begin_reduce_scatter, rank_and_world
 
 _MAX_BLOCKS = 8
 # Below this a chunk is not divided: on a CPU 1 MiB in float32, which its caches hold; elsewhere 16 MiB, as kernels of
@@ -217,17 +216,17 @@ class LogitChunks:
         # Without `map`, at which torch 2.11 breaks a graph.
         sending: list[Tensor] = []
         sent: list[Tensor] = []
-        arriving = _gather(self.text_BE[self.columns[0]])
+        arriving = begin_gather(self.text_BE[self.columns[0]])
         for columns, upcoming in zip(self.columns, [*self.columns[1:], None], strict=True):
-            text = ScaledPrefixes(_arrived(arriving), self.lengths, self.scale.dtype, gradients)
+            text = ScaledPrefixes(arrived(arriving), self.lengths, self.scale.dtype, gradients)
             if upcoming is not None:
-                arriving = _gather(self.text_BE[upcoming])
+                arriving = begin_gather(self.text_BE[upcoming])
             for rows in self.rows:
                 yield Chunk(self, rows, columns, text)
             if gradients:
-                sent += [_arrived(part) for part in sending]
-                sending = [_sum_home(text.pull_back(self.shares))]
-        sent += [_arrived(part) for part in sending]
+                sent += [arrived(part) for part in sending]
+                sending = [begin_reduce_scatter(text.pull_back(self.shares))]
+        sent += [arrived(part) for part in sending]
         self.text_gradients = sent
 
     def gradients(self) -> list[Tensor]:
@@ -236,48 +235,3 @@ class LogitChunks:
         text_gradient_BE = self.text_gradients[0] if len(self.text_gradients) == 1 else torch.cat(self.text_gradients)
         gradients = [image_gradient_BE, text_gradient_BE, self.image.of_norm(self.shares)]
         return gradients if self.bias is None else [*gradients, self.bias_gradient]
-
-
-# torch's traceable collectives: each is under way until `_arrived`. Unlike those of torch.distributed with
-# `async_op=True`, they break no graph of torch.compile. They are private; tried with torch 2.15
-# (2.11 has the same names).
-
-
-def _collective(name: str, *arguments: Any) -> Tensor:
-    return cast(Tensor, getattr(torch.ops._c10d_functional, name)(*arguments))
-
-
-def _group() -> str:
-    assert dist.group.WORLD is not None
-    return dist.group.WORLD.group_name
-
-
-def _gather(x: Tensor) -> Tensor:
-    """Rows of every rank under way to all of them."""
-    world = rank_and_world()[1]
-    return x if world == 1 else _collective("all_gather_into_tensor", x.contiguous(), world, _group())
-
-
-def _sum_home(gathered: Tensor) -> Tensor:
-    """Gradients of gathered rows under way to the ranks that the rows came from, where they are summed up."""
-    world = rank_and_world()[1]
-    return gathered if world == 1 else _collective("reduce_scatter_tensor", gathered, "sum", world, _group())
-
-
-def _arrived(x: Tensor) -> Tensor:
-    return x if rank_and_world()[1] == 1 else _collective("wait_tensor", x)
-
-
-def all_gather(x: Tensor) -> Tensor:
-    """`x` of every rank, stacked: (W, *x.shape)."""
-    return _arrived(_gather(x[None]))
-
-
-def reduce_scatter(gathered: Tensor) -> Tensor:
-    """The rows of this rank, among the rows of all ranks (W * B, ...), summed up over the ranks."""
-    return _arrived(_sum_home(gathered))
-
-
-def all_reduce(x: Tensor, operation: str = "sum") -> Tensor:
-    """The sum (or `max`) of `x` over all ranks; `x` itself if there is one."""
-    return x if rank_and_world()[1] == 1 else _arrived(_collective("all_reduce", x, operation, _group()))

@@ -1,6 +1,7 @@
 """Parameter groups of the optimizer: what decays, and at which share of the learning rate each is trained."""
 
 import re
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,10 +38,13 @@ def parameter_groups(
         ValueError: A path that no parameter has; with `layer_decay`, a tower whose blocks nobody knows.
     """
     lr_scale = lr_scale or {}
-    unused = [path for path in lr_scale if not any(_under(name, path) for name, _ in module.named_parameters())]
-    if unused:
-        near = did_you_mean(unused[0], [name for name, _ in (*module.named_modules(), *module.named_parameters())])
-        raise ValueError(f"model.lr_scale: no parameter lies under {unused[0]}{near}")
+    for path in lr_scale:
+        under = [parameter for name, parameter in module.named_parameters() if _under(name, path)]
+        if not under:
+            near = did_you_mean(path, [name for name, _ in (*module.named_modules(), *module.named_parameters())])
+            raise ValueError(f"model.lr_scale: no parameter lies under {path}{near}")
+        if not any(parameter.requires_grad for parameter in under):
+            warnings.warn(f"model.lr_scale: has no effect on {path}, which is frozen", stacklevel=2)
     no_decay = set(_no_decay(module))
     depths = _depths(module) if layer_decay != 1.0 else {}
     groups: dict[tuple[float, bool], dict[str, Any]] = {}

@@ -1,9 +1,20 @@
-"""Without what other libraries print in every process, or while we count and measure the same."""
+"""Without what every process of a run would print, or other libraries while we count and measure."""
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+
+class OfThisProcess(UserWarning):
+    """A warning of what this process of a run has met, such as a sample. What others warn of, all of them meet."""
+
+
+def leave_warnings_to_first_process() -> None:
+    """From now on this process, which is another one, warns of what is its own alone."""
+    warnings.filterwarnings("ignore")
+    warnings.filterwarnings("default", category=OfThisProcess)
 
 
 def quiet_torchao() -> None:

@@ -7,7 +7,8 @@ of a chunk.
 import torch
 from torch import Tensor
 
-from indiclip.logit_chunks import Chunk, LogitChunks, Where, all_gather, all_reduce
+from indiclip.distributed import all_gather, all_reduce
+from indiclip.logit_chunks import Chunk, LogitChunks, Where
 
 
 class SoftmaxSums:

@@ -1,5 +1,6 @@
 """Heads and sources are compared before training, and prediction needs less; through the command."""
 
+import importlib
 import json
 
 import pytest
@@ -16,6 +17,7 @@ from indiclip.generated.mela import Mela
 from indiclip.loading.data_module import MultiTaskData
 from indiclip.loading.source import Source
 from indiclip.module import MultiTask
+from indiclip.tasks.patch_codebook import Codebook
 from indiclip.training.checks import check
 from indiclip.training.cli import run
 from indiclip.types import FIELDS
@@ -149,3 +151,41 @@ def test_two_held_out_sources_of_a_task_have_scores_of_their_own(tmp_path, name)
     assert f"Image-text matching on {name or 'source 0'}" in report
     assert "Image-text matching on source 1 by language" in report
     assert (tmp_path / "runs/experiment/checkpoints/best.ckpt").is_file()
+
+
+MASKED, DISTILLED = "masked_modelling.MaskedModelling", "self_distillation.SelfDistillation"
+
+
+@pytest.mark.parametrize(
+    ("head", "arguments", "idle"),
+    [
+        (
+            MASKED,
+            {"losses": {"mim": 1.0}, "text_ratio": 0.3, "depth": 1, "width": 64},
+            ["width", "depth", "text_ratio"],
+        ),
+        (MASKED, {"losses": {"mlm": 1.0}, "image_ratio": 0.3, "targets": "teacher"}, ["image_ratio", "targets"]),
+        (MASKED, {"losses": {"mim": 1.0}, "targets": "teacher", "codebook": {"size": 64}}, ["codebook"]),
+        (MASKED, {"losses": {"mim": 1.0}, "teacher_decay": 0.9}, ["teacher_decay"]),
+        (MASKED, {"text_ratio": 0.3, "image_ratio": 0.3, "depth": 1, "codebook": {"size": 64}}, []),
+        (MASKED, {"losses": {"mim": 1.0}, "text_ratio": 0.15, "depth": 2}, []),
+        (DISTILLED, {"ibot_weight": 0.0, "mask_ratio": [0.5, 0.5], "mask_kind": "random"}, ["mask_kind", "mask_ratio"]),
+        (DISTILLED, {"mask_share": 0.0, "visible_weight": 1.0, "mask_kind": "random"}, ["mask_kind"]),
+        (DISTILLED, {"mask_ratio": [0.5, 0.5]}, []),
+        ("captioning.Captioning", {"num_bins": 100}, ["num_bins"]),
+        ("captioning.Captioning", {"num_bins": 100, "regions": True}, []),
+    ],
+)
+def test_options_without_effect_are_named(head, arguments, idle):
+    """A default is none that was given: a run's own config has them all."""
+    module, _, name = f"heads.{head}".rpartition(".")
+    arguments = {key: Codebook(**value) if key == "codebook" else value for key, value in arguments.items()}
+    assert list(getattr(importlib.import_module(module), name)(**arguments).idle_options) == idle
+
+
+def test_a_run_says_which_option_has_no_effect(tmp_path, capsys):
+    tree = config()
+    tree["model"]["heads"].append({"class_path": f"heads.{MASKED}", "init_args": {"task": "contrastive"}})
+    tree["model"]["heads"][-1]["init_args"] |= {"losses": {"mim": 1.0}, "text_ratio": 0.3}
+    with pytest.warns(UserWarning, match="^heads.masked_modelling.text_ratio: has no effect with losses mim$"):
+        assert fit(tmp_path, tree, "--trainer.fast_dev_run", "true") == 0

@@ -97,7 +97,7 @@ def test_a_list_that_grows_keeps_what_it_had(base, tmp_path, capsys):
 
 def test_a_dotted_option_says_which_item_it_has_changed(base, tmp_path, capsys):
     heads = page(tmp_path / "heads.yaml", "model.heads", LISTS["model.heads"][0])
-    said = pytest.warns(UserWarning, match="--model.heads.weight: changes the last of 2 items, heads.contrastive")
+    said = pytest.warns(UserWarning, match="--model.heads.weight: changes the last of 2 items, second$")
     with said, pytest.raises(SystemExit):
         run(["fit", *base, *heads, "--model.heads.weight", "7", "--print_config"])
     heads = yaml.safe_load(capsys.readouterr().out)["model"]["heads"]

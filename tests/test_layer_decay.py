@@ -69,6 +69,17 @@ def timm_scales(name, options):
     return {names[parameter]: group["lr_scale"] for group in groups for parameter in group["params"]}
 
 
+def test_a_factor_of_what_is_frozen_is_said():
+    """And none of what has a trained parameter."""
+    module = torch.nn.ModuleDict(
+        {"frozen": torch.nn.Linear(2, 2).requires_grad_(False), "trained": torch.nn.Linear(2, 2)}
+    )
+    module["trained"].bias.requires_grad = False
+    with pytest.warns(UserWarning, match="lr_scale") as found:
+        parameter_groups(module, {"frozen": 0.1, "trained": 0.1})
+    assert [str(one.message) for one in found] == ["model.lr_scale: has no effect on frozen, which is frozen"]
+
+
 @pytest.mark.parametrize("name", [*VITS, *OTHERS])
 def test_image_towers_have_timms_layers_and_what_lies_behind_them_keeps_the_rate(name):
     options, behind = (VITS | OTHERS)[name]

@@ -86,7 +86,7 @@ ARROWS = {
     "autograd.py": "",
     "micro_batches.py": "types head pooling ratios autograd",
     "losses.py": "logit_chunks softmax_sums autograd",
-    "softmax_sums.py": "logit_chunks",
+    "softmax_sums.py": "distributed logit_chunks",
     "logit_chunks.py": "distributed",
     "teacher.py": "types moving_average",
     "head.py": "types names distributed ratios steps presentation",
@@ -117,15 +117,15 @@ ARROWS = {
         "chunked_cross_entropy task_weights types names images head head_schedule losses parameter_groups loading"
         " ratios distributed"
     ),
-    "loading": "types names steps images patches preprocessing datasets lightning_internals",
+    "loading": "types names quiet steps images patches preprocessing datasets lightning_internals",
     "evals": (
         "types names quiet strict_yaml masking images patches preprocessing json_lines text backbone encoder checkpoint"
         " pretrained tokenizer_sources datasets webdataset generated loading"
     ),
     "training": (
-        "types names strict_yaml old_names masking config_files json_lines patches checkpoint pretrained distributed"
-        " sharding moving_average teacher float8 pooling lightning_internals backbone encoder head presentation module"
-        " head_schedule optim task_weights losses datasets loading evals planning"
+        "types names quiet strict_yaml old_names masking config_files json_lines patches checkpoint pretrained"
+        " distributed sharding moving_average teacher float8 pooling lightning_internals backbone encoder head"
+        " presentation module head_schedule optim task_weights losses datasets loading evals planning"
     ),
     "export": (
         "types names masking datasets.tables patches preprocessing backbone canvas_backbone timm_backbone tokenizers"

@@ -24,6 +24,7 @@ from indiclip.loading.views import make_views
 from indiclip.loading.workers import reading
 from indiclip.patches import drop_patches
 from indiclip.preprocessing import Preprocessing
+from indiclip.quiet import OfThisProcess
 from indiclip.types import FIELDS, Batch, Quarantined, Sample, Step, Texts
 
 _REPLACEMENTS = 100  # tries for another sample in place of an unreadable one, before the source is called broken
@@ -250,4 +251,4 @@ def _fetch(dataset: SampleDataset, shards: list[int]) -> None:
     try:
         dataset.prefetch(shards)
     except (OSError, ValueError) as error:  # who reads the shard meets it again; until then there is time to mend it
-        warnings.warn(f"data: {error}", stacklevel=1)
+        warnings.warn(f"data: {error}", OfThisProcess, stacklevel=1)

@@ -22,6 +22,7 @@ from indiclip.loading.teacher_parts import DamagedPart, Part, crc32_of_pixels, p
 from indiclip.loading.teacher_record import PIXEL_LIBRARIES, TeacherRecord, read_record, versions_of
 from indiclip.loading.transforms import Transform
 from indiclip.names import differences
+from indiclip.quiet import OfThisProcess
 from indiclip.types import Sample
 
 _OPEN_PARTS = 256  # at a time, each of which takes a file descriptor
@@ -165,7 +166,7 @@ class CachedViews:
         )
         if self._same_pixels:
             raise ValueError(f"{message}, or go on with same_pixels: false")
-        warnings.warn(message, stacklevel=2)
+        warnings.warn(message, OfThisProcess, stacklevel=2)
         self._warned = True
 
     def _text_row(self, part: Part, key: str, text: str) -> int:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from indiclip.autograd import with_gradients
 from indiclip.chunked_cross_entropy import rows_of_chunk
-from indiclip.distributed import rank_and_world
-from indiclip.logit_chunks import ScaledPrefixes, all_gather, reduce_scatter
+from indiclip.distributed import all_gather, rank_and_world, reduce_scatter
+from indiclip.logit_chunks import ScaledPrefixes
 from indiclip.losses import PairLoss
 
 

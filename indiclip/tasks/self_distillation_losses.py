@@ -19,8 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from indiclip.distributed import rank_and_world, rows_of_all_ranks, sum_over_ranks
-from indiclip.logit_chunks import all_reduce
+from indiclip.distributed import all_reduce, rank_and_world, rows_of_all_ranks, sum_over_ranks
 
 Centring = Literal["sinkhorn", "mean"]
 

@@ -24,6 +24,7 @@ from indiclip.masking import mask, remember_variables
 from indiclip.module import MultiTask
 from indiclip.old_names import translate_config
 from indiclip.optim import check_optimizer
+from indiclip.quiet import leave_warnings_to_first_process
 from indiclip.training import launch
 from indiclip.training.checks import check, check_length
 from indiclip.training.config_errors import ConfigError, OneLineParser, check_unmasked, check_yaml, one_line
@@ -57,6 +58,7 @@ _NOISE = (
     r"Found .* module\(s\) in eval mode at the start of training",  # the start-up table says what is frozen
     "The dirpath has changed from",  # a run's folder works wherever it is moved
     "FSDP2-wrapped module .* returned a view tensor",  # nobody changes it in place
+    "Grad strides do not match bucket view strides",  # of 1x1 convolutions, which have but one layout
     "Checkpoint directory .*/checkpoints exists and is not empty",  # a run goes on in its folder, a new one has its own
 )
 
@@ -73,8 +75,7 @@ class IndiCLI(LightningCLI):
         sys.argv[1:] = find_configs(sys.argv[1:])  # also for the other processes, which Lightning starts with it
         check_yaml(files := config_files(sys.argv[1:]))
         for line in disagreements(files):
-            if is_first_process():
-                warnings.warn(line, stacklevel=2)
+            warnings.warn(line, stacklevel=2)
         # Lightning's Timer has an enum for a default.
         yaml.SafeDumper.add_multi_representer(str, yaml.SafeDumper.represent_str)
         set_loader("omegaconf+", _load, (yaml.YAMLError,))
@@ -248,6 +249,8 @@ def _quieten() -> None:
     """A line for each warning, and none for what the libraries say in every run."""
     warnings.formatwarning = lambda message, *_, **__: f"warning: {mask(' '.join(str(message).split()))}\n"
     sys.excepthook = lambda *error: print(mask("".join(traceback.format_exception(*error))), end="", file=sys.stderr)
+    if not is_first_process():
+        leave_warnings_to_first_process()
     for message in _NOISE:
         warnings.filterwarnings("ignore", f".*{message}")
     for name in ("lightning.pytorch", "lightning.fabric"):

@@ -9,14 +9,15 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from jsonargparse import _typehints
+import jsonargparse._typehints
+from jsonargparse import Namespace
 
-from indiclip.training.run_folder import is_first_process
+_library: Any = jsonargparse._typehints
 
 
 def replace_lists_whole() -> None:
     """Have every parser of this process do so."""
-    inner: Callable[..., Any] = _typehints.adapt_typehints
+    inner: Callable[..., Any] = _library.adapt_typehints
     if inner.__module__ == __name__:
         return
 
@@ -25,16 +26,17 @@ def replace_lists_whole() -> None:
         if isinstance(value, list) and not options.get("append"):
             options.pop("prev_val", None)
         adapted = inner(value, kind, **options)
-        if isinstance(value, _typehints.NestedArg) and isinstance(before, list) and before and is_first_process():
+        if isinstance(value, _library.NestedArg) and isinstance(before, list) and before:
             _tell_item(value.key, before)
         return adapted
 
-    _typehints.adapt_typehints = adapt
+    _library.adapt_typehints = adapt
 
 
 def _tell_item(key: str, items: list[Any]) -> None:
     """Say which of several items an option as `--model.heads.weight` has changed."""
     option = next((word for word in sys.argv if word.partition("=")[0].endswith(f".{key}")), key).partition("=")[0]
-    named = items[-1].get("class_path") or items[-1].get("task") if hasattr(items[-1], "get") else None
-    item = f"the last of {len(items)} items" + (f", {named}" if named else "")
-    warnings.warn(f"{option}: changes {item}", stacklevel=2)
+    last = items[-1] if isinstance(items[-1], dict | Namespace) else {}
+    arguments = last.get("init_args") or last
+    name = arguments.get("name") or arguments.get("task") or last.get("class_path")
+    warnings.warn(f"{option}: changes the last of {len(items)} items" + (f", {name}" if name else ""), stacklevel=2)
