@@ -25,8 +25,7 @@ def check_heads(heads: Sequence[Head]) -> None:
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ValueError(
-            f"model.heads: {', '.join(repeated)} stands there more than once (two --config files?); two heads of one "
-            "class need a `name`"
+            f"model.heads: {', '.join(repeated)} stands there more than once; two heads of one class need a `name`"
         )
     for head in heads:
         if head.reads_embeddings and not any(other.embeds_images and other.embeds_text for other in heads):

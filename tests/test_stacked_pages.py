@@ -1,9 +1,13 @@
 """Stacked config files that do not agree: what is said is what the command then does."""
 
+import re
+
 import pytest
 import yaml
 
 from indiclip.commands.config_samples import build_config
+from indiclip.training.cli import run
+from indiclip.training.stacked_pages import origins
 
 WSD = {"class_path": "indiclip.optim.WarmupStableDecay", "init_args": {"decay_steps": 0.2}}
 
@@ -66,3 +70,35 @@ def test_pages_that_agree_say_nothing(recwarn):
     """An experiment is there to be changed, lists grow, and what a page says of a part of another's is that part."""
     stacked("methods/augreg_regularised", "methods/wsd", "methods/ema")
     assert not [str(found.message) for found in recwarn if "in place of" in str(found.message)]
+
+
+@pytest.mark.parametrize(
+    ("methods", "words"),
+    [
+        (
+            ("augreg_medium1", "augreg_strong1"),
+            r"overrides\[1\].mix: .* \(data.overrides\[1\] is of \S*strong1.yaml; .*\[0\] is of \S*medium1.yaml\)$",
+        ),
+        (("dinov2", "siglip2"), r"overrides\[1\].views: found 'global', .*overrides\[1\] is of \S*/siglip2.yaml;"),
+        (("lit", "ema", "ema"), r"EMA more than once.* \(trainer.callbacks is of \S*quickstart.yaml, \S*ema.yaml\)$"),
+    ],
+)
+def test_an_error_of_a_list_says_which_files_its_items_are_of(methods, words, tmp_path, capsys):
+    pages = [word for name in methods for word in ("--config", f"methods/{name}")]
+    assert run(["fit", "--config", "quickstart", *pages, "--runs", str(tmp_path)]) == 2
+    assert re.search(words, capsys.readouterr().err.splitlines()[-1])
+
+
+def test_origins_of_a_list_that_one_file_gives_or_a_flag_changes_are_not_said(tmp_path):
+    """Nor any where a file is not to be read: the message is of that."""
+    files = {"a": {"data": {"train": [1, 2]}}, "b": {"data": {"train+": [3]}}, "c": {"data": {"train": [4]}}}
+    words = []
+    for name, tree in files.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(tree))
+        words += ["--config", str(tmp_path / f"{name}.yaml")]
+    message = "data.train[2]: is wrong"
+    assert origins(words[:4], message) == f"data.train[2] is of {words[3]}"
+    assert origins(words, message) == origins(words[:2], message) == ""
+    assert origins([*words[:4], "--data.train+", "5"], message) == ""
+    (tmp_path / "b.yaml").write_text("data: [")
+    assert origins(words[:4], message) == ""

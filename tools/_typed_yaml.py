@@ -81,5 +81,6 @@ def _dataclass(key: str, tree: dict[str, Any], kind: Any, given: dict[str, Any])
             raise ValueError(f"{_join(key, name)}: no such key{near}; expected some of {known}")
     for name, field in keys.items():
         if field.default is field.default_factory is MISSING and tree.get(name) in (None, "", [], {}):
-            raise ValueError(f"{_join(key, name)}: found nothing; expected it beside {', '.join(tree)}")
+            beside = ", ".join(other for other in tree if other != name)
+            raise ValueError(f"{_join(key, name)}: found nothing; expected it beside {beside}")
     return kind(**{name: typed(_join(key, name), item, kinds[name]) for name, item in tree.items()}, **given)

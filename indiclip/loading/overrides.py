@@ -74,6 +74,7 @@ def overridden(sources: Sequence[Source], overrides: Sequence[SourceOverride]) -
     options = {task: _together(of_task[task]) for task in of_task}
     for number, source in enumerate(sources):
         _check_augment(f"data.train[{number}]", source, of_task[source.task])
+        _check_views(f"data.train[{number}]", source, of_task[source.task])
     return [_changed(source, options[source.task]) if options[source.task] else source for source in sources]
 
 
@@ -84,8 +85,20 @@ def _check_augment(key: str, source: Source, overrides: Mapping[str, SourceOverr
     if len(found) > 1:
         raise ValueError(
             f"{found[1]}.augment: found a RandAugment behind that of {found[0]}.augment, for the same task "
-            f"{source.task!r}; expected one of them (two --config files?)"
+            f"{source.task!r}; expected one of them"
         )
+
+
+def _check_views(key: str, source: Source, overrides: Mapping[str, SourceOverride]) -> None:
+    """Raise ValueError for two views of one name."""
+    lists = {key: source.views} | {of: override.views or [] for of, override in overrides.items()}
+    first: dict[str, str] = {}
+    for of, view in ((of, view) for of, views in lists.items() for view in views):
+        if first.setdefault(view.name, of) != of:
+            raise ValueError(
+                f"{of}.views: found {view.name!r}, and {first[view.name]}.views has one of that name, for the same "
+                f"task {source.task!r}; expected another name, or one of them"
+            )
 
 
 def _together(overrides: Mapping[str, SourceOverride]) -> dict[str, Any]:
@@ -101,7 +114,7 @@ def _together(overrides: Mapping[str, SourceOverride]) -> dict[str, Any]:
             elif name in found and value != found[name]:
                 raise ValueError(
                     f"{key}.{name}: found {shorten(value)}, and {first[name]}.{name} of the same task "
-                    f"{override.task!r} is {shorten(found[name])}; expected one of them (two --config files?)"
+                    f"{override.task!r} is {shorten(found[name])}; expected one of them"
                 )
             found[name] = value
             first.setdefault(name, key)

@@ -60,7 +60,7 @@ def check_views(views: Sequence[View], key: str) -> None:
     """Raise ValueError for two views of one name."""
     names = [view.name for view in views]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"{key}: {', '.join(repeated)} stands there more than once (two --config files?)")
+        raise ValueError(f"{key}: {', '.join(repeated)} stands there more than once")
 
 
 def make_views(

@@ -29,7 +29,7 @@ from indiclip.training import launch
 from indiclip.training.checks import check, check_length
 from indiclip.training.config_errors import ConfigError, OneLineParser, check_unmasked, check_yaml, one_line
 from indiclip.training.config_history import ConfigHistory, check_changes, plain
-from indiclip.training.config_lists import replace_lists_whole
+from indiclip.training.config_lists import mend_lists
 from indiclip.training.fault_tolerance import local_ranks
 from indiclip.training.fault_tolerance.ranks import AgreedStop, callbacks_of
 from indiclip.training.initial_weights import leave_out_initial_weights, warn_of_random_towers
@@ -37,7 +37,7 @@ from indiclip.training.launch import SameOnAllRanks, check_launch, speaks
 from indiclip.training.portable_config import PortableConfig
 from indiclip.training.record import RunRecord
 from indiclip.training.run_folder import config_files, is_first_process, lock, remove_unused, run_folder, unlock
-from indiclip.training.stacked_pages import disagreements
+from indiclip.training.stacked_pages import disagreements, origins
 from indiclip.training.teachers import place_caches
 from indiclip.training.trainer_setup import check_trainer, place_outputs, trainer_options
 
@@ -79,7 +79,7 @@ class IndiCLI(LightningCLI):
         # Lightning's Timer has an enum for a default.
         yaml.SafeDumper.add_multi_representer(str, yaml.SafeDumper.represent_str)
         set_loader("omegaconf+", _load, (yaml.YAMLError,))
-        replace_lists_whole()
+        mend_lists()
         failed = True
         try:
             super().__init__(
@@ -305,7 +305,10 @@ def _say(error: Exception) -> int:
     of_users = isinstance(error, OSError | ImportError | MisconfigurationException)
     if not (broken or of_users or (isinstance(error, ValueError) and not notes)):
         raise error
-    line = mask(f"indiclip: {' '.join([broken or one_line(error), *notes])}")
+    said = broken or one_line(error)
+    if of_files := origins(sys.argv[1:], said):
+        said = f"{said} ({of_files})"
+    line = mask(f"indiclip: {' '.join([said, *notes])}")
     if speaks(lost or line, is_consequence=lost is not None):
         print(line, file=sys.stderr)
     launch.wait_for_others()

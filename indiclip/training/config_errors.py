@@ -76,7 +76,7 @@ def one_line(error: Exception) -> str:
 
 def explain(message: str) -> str:
     """jsonargparse's nested message as one line with a suggestion."""
-    key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
+    key = ".".join(re.findall(r'Parser key "([^"]+)"', message)).replace(".[", "[")
     classes = re.findall(r"class_path[ =]'([^']+)'", message)
     plain = message
     for words, ours in _PLAIN.items():
@@ -104,8 +104,9 @@ def explain(message: str) -> str:
     if missing := re.search(r"module '([^']+)' has no attribute '([^']+)'", reason):
         module = missing[1]
         beside = [name.rpartition(".")[2] for name in _modules(f"{module}.x")]
-        public = [name for name in dir(importlib.import_module(module)) if not name.startswith("_")]
-        return f"{key}: {missing[0]}{did_you_mean(missing[2], public + beside)}"
+        public = {name: one for name, one in vars(importlib.import_module(module)).items() if not name.startswith("_")}
+        own = [name for name, one in public.items() if str(getattr(one, "__module__", "")).startswith(module)]
+        return f"{key}: {missing[0]}{did_you_mean(missing[2], own + beside) or did_you_mean(missing[2], public)}"
     if missing := re.search(r"No module named '([^']+)'", reason):
         wanted = classes[-1].rpartition(".")[0] if classes else missing[1]
         hint = did_you_mean(wanted, [*_modules(wanted), *old_names.MODULES])

@@ -68,9 +68,7 @@ class EMA(Callback):
             )
 
         if len(callbacks_of(trainer, EMA)) > 1:
-            raise ValueError(
-                "trainer.callbacks: found EMA more than once (two --config files?); expected one average of the weights"
-            )
+            raise ValueError("trainer.callbacks: found EMA more than once; expected one average of the weights")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         first, steps = max(1, -(-self.start_step // self.every_n_steps)) * self.every_n_steps, estimated_steps(trainer)

@@ -52,7 +52,7 @@ def _apply(key: str, override: Any, heads: dict[str, Namespace], said: _Said) ->
         if value is not others and value != others:  # NaN is not equal to itself
             raise ValueError(
                 f"{key}.{argument}: found {shorten(value)}, and {first}.{argument} of the same head {name!r} is "
-                f"{shorten(others)}; expected one of them (two --config files?)"
+                f"{shorten(others)}; expected one of them"
             )
         arguments[argument] = value
     heads[name]["init_args"] = arguments

@@ -1,5 +1,6 @@
-"""Config files that are stacked on an experiment and say one thing differently: the last counts, and it is said."""
+"""Config files that are stacked on an experiment: where they say one thing differently, and whose items a list has."""
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,9 @@ import yaml
 
 from indiclip.config_files import SHIPPED
 from indiclip.names import shorten
+from indiclip.training.run_folder import config_files
+
+_LIST = re.compile(r"\b((?:data|model|trainer)\.\w+)(?:\[(\d+)\])?")
 
 
 def disagreements(files: Sequence[str]) -> list[str]:
@@ -40,6 +44,35 @@ def disagreements(files: Sequence[str]) -> list[str]:
     for key, found in clashes.items():
         raise ValueError(f"{key}: {found}; expected one of them, or a --config behind them that gives the key")
     return lines
+
+
+def origins(words: Sequence[str], message: str) -> str:
+    """Which files the lists are of that a message names, or their items; empty for lists that are of one file.
+
+    Args:
+        words: Of the command. Lists that its flags give or grow are left out.
+        message: Names keys as `data.overrides[1]`.
+    """
+    files: dict[str, list[str]] = {}
+    try:
+        trees = {file: yaml.safe_load(Path(file).read_text(encoding="utf-8")) for file in config_files(list(words))}
+    except (OSError, ValueError, yaml.YAMLError):  # of which the message is
+        return ""
+    for file, tree in trees.items():
+        for group, options in tree.items() if isinstance(tree, dict) else ():
+            for name, value in options.items() if isinstance(options, dict) else ():
+                key, grows = f"{group}.{name.removesuffix('+')}", name.endswith("+")
+                given = value if isinstance(value, list) else [value]
+                files[key] = [*(files.get(key, []) if grows else []), *[file] * len(given)]
+    said: dict[str, str] = {}
+    for key, number in _LIST.findall(message):
+        of = files.get(key, [])
+        if len({*of}) > 1 and not any(word.startswith(f"--{key}") for word in words):
+            if number and int(number) < len(of):
+                said[f"{key}[{number}]"] = of[int(number)]
+            elif not number:
+                said[key] = ", ".join(dict.fromkeys(of))
+    return "; ".join(f"{key} is of {file}" for key, file in said.items())
 
 
 def _is_method(file: str) -> bool:
