@@ -75,7 +75,7 @@ def test_a_flag_for_one_item_of_a_list_is_told_where_items_are_changed(tmp_path,
     ("changes", "message"),
     [
         ({"trainer__max_stpes": 3}, "trainer.max_stpes: no such option; nearest is 'trainer.max_steps'"),
-        ({"data__train__0__batchsize": 3}, "data.train.batchsize: .* nearest is 'batch_size'"),
+        ({"data__train__0__batchsize": 3}, r"data.train\[0\].batchsize: .* nearest is 'batch_size'"),
         ({"model__encoder__backbone__init_args__witdh": 3}, "backbone.witdh: .*nearest is 'width'"),
         ({"model__heads__0__init_args": {"wieght": 2}}, "heads.contrastive.Contrastive has no .*nearest is 'weight'"),
         ({"model__heads__0__class_path": "heads.contrastive.Contrastiv"}, "nearest is 'Contrastive'"),

@@ -230,9 +230,13 @@ def test_a_checkpoint_of_an_error_lies_with_the_others(tmp_path, elsewhere, caps
         (
             {"trainer__callbacks": [part(f"{LIGHTNING}.EarlyStopping", monitor="train/loss", patience="long")]},
             [],
-            r"^indiclip: trainer.callbacks.patience: expected int; found long$",
+            r"^indiclip: trainer.callbacks\[0\].patience: expected int; found long$",
         ),
-        ({"trainer__callbacks": [part(f"{LIGHTNING}.EarlyStopping")]}, [], "trainer.callbacks: .* required: monitor$"),
+        (
+            {"trainer__callbacks": [part(f"{LIGHTNING}.EarlyStopping")]},
+            [],
+            r"callbacks\[0\]: .* required: monitor$",
+        ),
         (
             {
                 "trainer__callbacks": [part(f"{LIGHTNING}.EarlyStopping", monitor="val/contrastive/zero_shot")],

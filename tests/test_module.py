@@ -233,7 +233,7 @@ def test_an_unreadable_sample_is_replaced_and_told():
 
 
 def test_same_head_twice_is_said():
-    with pytest.raises(ValueError, match="model.heads: contrastive stands there more than once .* need a `name`"):
+    with pytest.raises(ValueError, match="model.heads: contrastive stands there more than once; .* need a `name`"):
         MultiTask(tiny_encoder(), [Contrastive(), Contrastive()])
     with pytest.raises(ValueError, match="model.heads: the list is empty"):
         MultiTask(tiny_encoder(), [])

@@ -80,7 +80,6 @@ def test_pages_that_agree_say_nothing(recwarn):
             r"overrides\[1\].mix: .* \(data.overrides\[1\] is of \S*strong1.yaml; .*\[0\] is of \S*medium1.yaml\)$",
         ),
         (("dinov2", "siglip2"), r"overrides\[1\].views: found 'global', .*overrides\[1\] is of \S*/siglip2.yaml;"),
-        (("lit", "ema", "ema"), r"EMA more than once.* \(trainer.callbacks is of \S*quickstart.yaml, \S*ema.yaml\)$"),
     ],
 )
 def test_an_error_of_a_list_says_which_files_its_items_are_of(methods, words, tmp_path, capsys):
@@ -98,6 +97,7 @@ def test_origins_of_a_list_that_one_file_gives_or_a_flag_changes_are_not_said(tm
         words += ["--config", str(tmp_path / f"{name}.yaml")]
     message = "data.train[2]: is wrong"
     assert origins(words[:4], message) == f"data.train[2] is of {words[3]}"
+    assert origins(words[:4], "data.train: is wrong") == f"data.train is of {words[1]}, {words[3]}"
     assert origins(words, message) == origins(words[:2], message) == ""
     assert origins([*words[:4], "--data.train+", "5"], message) == ""
     (tmp_path / "b.yaml").write_text("data: [")

@@ -206,8 +206,8 @@ def test_a_killed_worker_ends_the_run_with_one_line(tmp_path, capsys):
     assert len(lines) == 1
     assert re.search(
         r"train worker \d \(pid \d+\) was killed by SIGKILL, .* reading contrastive sample mela-0-5 \(while training "
-        r".*experiment, after step \d+; last checkpoint: (none|.*/checkpoints/\d+.ckpt, from which --ckpt_path last "
-        r"goes on)\)",
+        r".*experiment, after step \d+; last checkpoint: (none|.*/checkpoints/(\d+|last).ckpt, from which "
+        r"--ckpt_path last goes on)\)",
         lines[0],
     )
 

@@ -77,6 +77,7 @@ def one_line(error: Exception) -> str:
 def explain(message: str) -> str:
     """jsonargparse's nested message as one line with a suggestion."""
     key = ".".join(re.findall(r'Parser key "([^"]+)"', message)).replace(".[", "[")
+    key = "" if key.startswith("[") else key  # while objects are built, where their own words name it
     classes = re.findall(r"class_path[ =]'([^']+)'", message)
     plain = message
     for words, ours in _PLAIN.items():
