@@ -56,7 +56,7 @@ usage: indiclip {command} --config FILE [--config FILE]... [options]
 example: indiclip {command} {example}
 
   --config FILE                   an experiment, a file or a shipped one (quickstart, evals/india); several are
-                                  stacked, later ones win, lists grow with `+:`
+                                  stacked, later ones win, lists are replaced, or grow with `+:`
   --name NAME, --runs FOLDER      the run's folder is FOLDER/NAME (default: runs/<the first config's name>)
   --ckpt_path FILE                go on from, or score, a checkpoint; of RUN/config.yaml all but `fit` take its last one
   --ckpt_path last                the newest whole checkpoint of --name; `fit` starts from the beginning without one

@@ -186,6 +186,6 @@ def test_options_without_effect_are_named(head, arguments, idle):
 def test_a_run_says_which_option_has_no_effect(tmp_path, capsys):
     tree = config()
     tree["model"]["heads"].append({"class_path": f"heads.{MASKED}", "init_args": {"task": "contrastive"}})
-    tree["model"]["heads"][-1]["init_args"] |= {"losses": {"mim": 1.0}, "text_ratio": 0.3}
-    with pytest.warns(UserWarning, match="^heads.masked_modelling.text_ratio: has no effect with losses mim$"):
+    tree["model"]["heads"][-1]["init_args"] |= {"losses": {"mim": 1.0}, "text_ratio": 0.3, "width": 64}
+    with pytest.warns(UserWarning, match="^heads.masked_modelling: no effect of width, text_ratio with losses mim$"):
         assert fit(tmp_path, tree, "--trainer.fast_dev_run", "true") == 0

@@ -36,8 +36,9 @@ def check(model: MultiTask, data: MultiTaskData, stage: str) -> None:
             _check_source(key, source, heads, model.encoder.backbone, trains)
     if stage == "fit":
         for head in heads:
-            for option, reason in head.idle_options.items():
-                warnings.warn(f"heads.{head.name}.{option}: has no effect {reason}", stacklevel=2)
+            for reason in dict.fromkeys(head.idle_options.values()):
+                options = ", ".join(name for name, why in head.idle_options.items() if why == reason)
+                warnings.warn(f"heads.{head.name}: no effect of {options} {reason}", stacklevel=2)
         _check_tasks(data, heads)
         prepare_teachers(model.encoder, data, heads)  # may take long: it comes behind what is soon checked
     for sources, trains in ((train, True), (held_out, False)):

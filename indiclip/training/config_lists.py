@@ -62,5 +62,6 @@ def _tell_item(key: str, items: list[Any]) -> None:
     option = next((word for word in sys.argv if word.partition("=")[0].endswith(f".{key}")), key).partition("=")[0]
     last = items[-1] if isinstance(items[-1], dict | Namespace) else {}
     arguments = last.get("init_args") or last
-    name = arguments.get("name") or arguments.get("task") or last.get("class_path")
-    warnings.warn(f"{option}: changes the last of {len(items)} items" + (f", {name}" if name else ""), stacklevel=2)
+    name = arguments.get("name") or str(last.get("class_path", "")).rpartition(".")[2]
+    task = f" of task {arguments['task']}" if arguments.get("task") else ""
+    warnings.warn(f"{option}: changes the last of {len(items)} items{f', {name}' if name else ''}{task}", stacklevel=2)
