@@ -103,9 +103,9 @@ def begin_gather(x: Tensor) -> Tensor:
 def begin_reduce_scatter(gathered: Tensor) -> Tensor:
     """Gradients of gathered rows under way to the ranks that the rows came from, where they are summed up."""
     world = rank_and_world()[1]
-    return (
-        gathered if world == 1 else _collective("reduce_scatter_tensor", gathered.contiguous(), "sum", world, _group())
-    )
+    if world == 1:
+        return gathered
+    return _collective("reduce_scatter_tensor", gathered.contiguous(), "sum", world, _group())
 
 
 def arrived(x: Tensor) -> Tensor:
