@@ -1,7 +1,10 @@
 """The table of the commands' words fits the functions that it names."""
 
 import inspect
+import os
 import pkgutil
+import signal
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import yaml
 
 from indiclip.commands import words
 from indiclip.commands.words import _Parser as Parser
+from indiclip.commands.words import guarded
 
 TABLE = yaml.safe_load(Path(words.__file__).with_name("commands.yaml").read_text("utf-8"))
 COMMANDS = {
@@ -34,3 +38,34 @@ def test_a_function_takes_what_its_options_say(name):
 def test_a_groups_help_names_its_commands(group):
     for name in TABLE[group].keys() - {"help", ""}:
         assert f"  {name} " in TABLE[group]["help"]
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "said"), [(signal.SIGINT, 130, "pack: stopped\n"), (signal.SIGTERM, 143, "")]
+)
+def test_a_signal_in_the_midst_of_a_write_is_no_mistake(number, status, said, tmp_path, capsys):
+    """A ZIP file, as of NumPy's, raises an error of its own where it is left while one of its entries is written."""
+
+    entries = []
+
+    def write():
+        with zipfile.ZipFile(tmp_path / "a.npz", "w") as file:
+            entries.append(file.open("a.npy", "w"))
+            os.kill(os.getpid(), number)
+            entries[0].write(b"")
+        return 0
+
+    assert guarded("pack", write) == status
+    entries[0].close()
+    assert capsys.readouterr().err == said
+
+
+def test_an_error_after_a_stop_that_was_dealt_with_is_one(capsys):
+    def work():
+        try:
+            raise SystemExit(2)
+        except SystemExit:
+            raise ValueError("found 3; expected 2") from None
+
+    assert guarded("pack", work) == 2
+    assert capsys.readouterr().err == "pack: found 3; expected 2\n"

@@ -19,6 +19,7 @@ import yaml
 from indiclip.masking import mask
 from indiclip.names import did_you_mean, plain
 
+_TERMINATED = 128 + signal.SIGTERM
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 _ASKING = {"-h", "--help"}
 
@@ -140,11 +141,12 @@ def guarded(name: str, command: Callable[[], int]) -> int:
     try:
         return command()
     except KeyboardInterrupt:
-        print(f"{name}: stopped", file=sys.stderr)
-        return 130
+        return _say_stopped(name)
     except BrokenPipeError:  # `| head` has seen enough, which `indiclip.cli` says
         raise
     except (ValueError, OSError, RuntimeError, ImportError) as error:  # RuntimeError: a worker process was killed
+        if (stop := _stop_behind(error)) is not None:
+            return _say_stopped(name) if isinstance(stop, KeyboardInterrupt) else _TERMINATED
         if os.environ.get("INDICLIP_TRACEBACK"):
             raise
         text = str(error)
@@ -160,7 +162,21 @@ def _terminated(number: int, frame: Any) -> NoReturn:
     # A scheduler stops the workers too, at which the DataLoader would raise an error in the midst of the cleaning up.
     # Not SIG_DFL: Python would say of a signal that has just come that it was "ignored due to race condition".
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    raise SystemExit(128 + number)  # so that open files are removed and processes ended
+    raise SystemExit(_TERMINATED)  # so that open files are removed and processes ended
+
+
+def _stop_behind(error: BaseException | None) -> BaseException | None:
+    """The Ctrl-C or SIGTERM that this error hides, as of a file that cannot be closed in the midst of a write."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        if isinstance(error, SystemExit) and error.code == _TERMINATED:
+            break
+        error = error.__context__
+    return error
+
+
+def _say_stopped(name: str) -> int:
+    print(f"{name}: stopped", file=sys.stderr)
+    return 128 + signal.SIGINT
 
 
 @contextmanager
